@@ -1,0 +1,214 @@
+"""One view of a graph for both hosts: values, operations under canonical names, and the editing primitives.
+
+Two adapters fill it in: `fx.py` (torch.fx, at the level of torch.export) and `onnx.py` (onnx-ir). Analyses
+and passes see only what is written here. `docs/ir.md` lists the canonical kinds and their attributes.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import sympy
+
+Dim = int | sympy.Expr
+"""An axis length: an int where it is static, a sympy expression where it is symbolic."""
+
+Shape = tuple[Dim, ...]
+
+# Kinds and the attributes an adapter must give. Operands are always positional, in this order; an absent
+# optional operand is None. Axes are non-negative.
+KINDS: dict[str, str] = {
+    "elementwise": "operands broadcast together, trailing axes aligned. fn: the operation's plain name "
+    "(add, mul, gelu, where, cast, dropout, eq, ...)",
+    "linear": "x[..., i], weight, bias?. transposed: True when weight is [o, i], False when [i, o]",
+    "matmul": "a[..., m, k], b[..., k, n], batch axes broadcast",
+    "norm": "x, weight?, bias?. axes: the axes that are averaged over; fn: layer_norm, rms_norm, group_norm, ...",
+    "softmax": "x. axis; fn: softmax or log_softmax",
+    "reduce": "x. axes, keepdim, fn: mean, sum, max, min, prod, any, all, argmax, argmin, norm, var, ...",
+    "reshape": "x (view, flatten, squeeze, unsqueeze, ...): same elements in the same order",
+    "transpose": "x. perm",
+    "expand": "x: broadcast to the output's shape",
+    "concat": "x0, x1, .... axis",
+    "stack": "x0, x1, .... axis (a new one)",
+    "split": "x -> one output per part. axis, sizes",
+    "unbind": "x -> one output per index, the axis is gone. axis",
+    "slice": "x. axis, start, end (None: to the end), step. One axis per op; starts and ends already >= 0 "
+    "where the length is static",
+    "select": "x. axis, index: one position, the axis is gone",
+    "gather": "x, indices: numpy.take along axis (indices' axes replace it). axis",
+    "embedding": "table[v, c], ids[...] -> [..., c]",
+    "attention": "q[..., h, n, d], k[..., hk, m, d], v[..., hk, m, e], mask?. scale, causal; mask is bool "
+    "(True: may attend) or additive and broadcasts to [..., h, n, m]; hk divides h",
+    "conv": "x[b, c, *spatial], weight, bias? (also conv_transpose). spatial: the spatial axes of x and output",
+    "spatial": "x: pooling, resize, pad, roll, pixel shuffle, cumsum, sort, fold: mixes positions along `axes`",
+    "scatter": "x, ...: writes into a copy of x along `axes`",
+    "size": "x -> an integer, the length of axis",
+    "create": "no data operand: arange, zeros, full, eye; the length may be symbolic",
+    "tie": "x: detach, contiguous, identity, clone, alias",
+    "elision": "an op of our own dialect; target names it",
+    "output": "never used by adapters",
+    "unknown": "an op with no axis signature",
+}
+
+
+@dataclass(eq=False)
+class Value:
+    """One SSA value. `shape` is None only when the host does not know the rank. `dtype` is numpy's name
+    ("float32", "bfloat16", "int64", "bool", ...)."""
+
+    name: str
+    shape: Shape | None
+    dtype: str
+    producer: Op | None = None
+    index: int = 0
+    origin: str = "op"  # op | input | parameter | constant
+    raw: Any = None
+    users: list[tuple[Op, int]] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        return -1 if self.shape is None else len(self.shape)
+
+    def __repr__(self) -> str:
+        dims = "?" if self.shape is None else ", ".join(str(d) for d in self.shape)
+        return f"%{self.name}: {self.dtype}[{dims}]"
+
+
+@dataclass(eq=False)
+class Op:
+    """One operation. `kind` is one of KINDS; `target` is the host's own name for messages and diffs."""
+
+    kind: str
+    target: str
+    name: str
+    inputs: list[Value | None]
+    outputs: list[Value]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    raw: Any = None
+    shape_inputs: list[Value] = field(default_factory=list)  # values that only say a shape, never data
+
+    @property
+    def output(self) -> Value:
+        return self.outputs[0]
+
+    def operand(self, index: int) -> Value | None:
+        return self.inputs[index] if index < len(self.inputs) else None
+
+    def __repr__(self) -> str:
+        ins = ", ".join("-" if v is None else f"%{v.name}" for v in self.inputs)
+        return f"{self.output!r} = {self.target}({ins})"
+
+
+class Graph(abc.ABC):
+    """A mutable graph in one of the two hosts.
+
+    `ops` is always in topological order. The editing primitives keep it so; after each one the view is in
+    step with the host's graph, so that a pass may go on reading.
+    """
+
+    host: str = ""
+    ops: list[Op]
+    inputs: list[Value]  # real inputs only, not parameters
+    outputs: list[Value]  # tensor outputs, in order
+
+    # ---- reading -------------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def constant_value(self, value: Value) -> np.ndarray | None:
+        """The data of a parameter or constant (host memory), None when `value` is computed or an input."""
+
+    @abc.abstractmethod
+    def text(self) -> list[str]:
+        """The graph as stable lines of text, one op a line, for snapshots and diffs."""
+
+    @abc.abstractmethod
+    def copy(self) -> Graph:
+        """An independent copy: editing one leaves the other as it was (weights are shared)."""
+
+    @abc.abstractmethod
+    def verify(self) -> None:
+        """Check structure, shapes and dtypes with the host's own tools; raise VerificationError."""
+
+    # ---- editing -------------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def insert(
+        self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any] | None = None, *, after: Op | None
+    ) -> list[Value]:
+        """Insert dialect op `op` right after `after` (None: before every op). Returns its outputs."""
+
+    @abc.abstractmethod
+    def insert_constant(self, array: np.ndarray, name: str) -> Value:
+        """A new constant of the graph."""
+
+    @abc.abstractmethod
+    def set_operand(self, op: Op, index: int, value: Value) -> None:
+        """Let operand `index` of `op` be `value`."""
+
+    @abc.abstractmethod
+    def replace_output(self, index: int, value: Value) -> None:
+        """Let graph output `index` be `value` (the output keeps its name and place)."""
+
+    @abc.abstractmethod
+    def set_length(self, op: Op, axis: int, like: Value, like_axis: int) -> None:
+        """Rewrite the shape argument of a reshape, expand, create or slice so that output `axis` is as long
+        as `like`'s `like_axis` (a constant where that is static). The op's own operands are not changed."""
+
+    @abc.abstractmethod
+    def refresh(self, op: Op) -> None:
+        """Recompute shapes and dtypes of `op`'s outputs from its operands."""
+
+    @abc.abstractmethod
+    def add_output(self, value: Value, name: str) -> None:
+        """Let `value` also be an output of the graph."""
+
+    @abc.abstractmethod
+    def remove_dead(self) -> int:
+        """Remove ops that reach no output; returns how many."""
+
+    # ---- shared --------------------------------------------------------------------------------------
+    def values(self) -> Iterator[Value]:
+        seen: set[int] = set()
+        for op in self.ops:
+            for value in [*op.inputs, *op.outputs]:
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    yield value
+
+    def ops_of(self, *kinds: str) -> list[Op]:
+        return [op for op in self.ops if op.kind in kinds]
+
+    def is_constant(self, value: Value) -> bool:
+        return value.origin in ("parameter", "constant")
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """Operations as nodes (graph inputs and constants too), values as edges."""
+        graph: nx.MultiDiGraph = nx.MultiDiGraph()
+        for op in self.ops:
+            graph.add_node(op, kind=op.kind, label=op.target)
+            for index, value in enumerate(op.inputs):
+                if value is None:
+                    continue
+                source: Op | Value = value.producer or value
+                if source is value:
+                    graph.add_node(value, kind=value.origin, label=value.name)
+                graph.add_edge(source, op, value=value, index=index)
+        return graph
+
+
+def static(dims: Iterable[Dim] | None) -> tuple[int, ...] | None:
+    """The dims as ints, or None when one of them is symbolic or the shape is unknown."""
+    if dims is None:
+        return None
+    dims = tuple(dims)
+    return tuple(int(d) for d in dims) if all(isinstance(d, int) or d.is_Integer for d in dims) else None
+
+
+def product(dims: Iterable[Dim]) -> Dim:
+    total: Dim = 1
+    for dim in dims:
+        total = total * dim
+    return total
