@@ -1,0 +1,296 @@
+"""The graph view over an `onnx_ir.Model`.
+
+Reading: every node but Constant becomes an `Op` of a canonical kind (`onnx_kinds.py`), every tensor a `Value`
+with symbolic lengths (`onnx_shapes.py`). Editing changes model and view together, one node at a time, so
+that a graph of thousands of operations stays cheap to edit. `docs/ir.md` has the table of kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Refused
+from . import onnx_check, onnx_lengths, onnx_text
+from .graph import Graph, Op, Value
+from .onnx_kinds import classify
+from .onnx_shapes import ShapeEnv, constant_tensor, numpy_dtype
+
+
+class OnnxGraph(Graph):
+    """A mutable view of `model`; `model` is always in step with it."""
+
+    host = "onnx"
+
+    def __init__(self, model: ir.Model, *, env: ShapeEnv | None = None) -> None:
+        self.model = model
+        self.env = ShapeEnv(model).run() if env is None else env
+        self.ops: list[Op] = []
+        self._values: dict[ir.Value, Value] = {}
+        self._by_node: dict[ir.Node, Op] = {}
+        self._slots: dict[Op, list[int]] = {}  # where op.inputs[i] stands among the node's inputs
+        self._names = {v.name for v in self._raw_values()} | {n.name for n in model.graph}
+        self._names.discard(None)
+        self.inputs = [self._value(v) for v in model.graph.inputs if v.name not in model.graph.initializers]
+        for node in model.graph:
+            if not is_constant_node(node):
+                op = self._describe(node)
+                self.ops.append(op)
+        self.outputs = [self._value(v) for v in model.graph.outputs]
+
+    # ---- building the view ---------------------------------------------------------------------------
+    def _raw_values(self) -> list[ir.Value]:
+        graph = self.model.graph
+        found = [*graph.inputs, *graph.initializers.values()]
+        for node in graph:
+            found += node.outputs
+        return found
+
+    def _value(self, raw: ir.Value) -> Value:
+        """The view's value of an onnx-ir value, made on first sight."""
+        value = self._values.get(raw)
+        if value is None:
+            tensor = constant_tensor(raw)
+            if tensor is not None:
+                # Learned weights and literal constants look the same in ONNX: floats with an axis are weights.
+                floating = tensor.dtype.is_floating_point() and len(tensor.shape) > 0
+                origin = "parameter" if floating else "constant"
+            else:
+                origin = "input" if raw.producer() is None else "op"
+            value = Value(raw.name or "", self.env.shape(raw), numpy_dtype(raw.dtype), origin=origin, raw=raw)
+            self._values[raw] = value
+        else:
+            value.shape, value.dtype = self.env.shape(raw), numpy_dtype(raw.dtype)
+        return value
+
+    def _describe(self, node: ir.Node) -> Op:
+        """Make the op of a node, or bring it up to date, users included."""
+        facts = classify(self.env, node)
+        op = self._by_node.get(node)
+        if op is None:
+            target = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            op = Op(facts.kind, target, node.name or node.outputs[0].name or "", [], [], raw=node)
+            self._by_node[node] = op
+        for value in op.inputs:
+            if value is not None:
+                value.users = [(user, i) for user, i in value.users if user is not op]
+        raws = [node.inputs[i] if i < len(node.inputs) else None for i in facts.operands]
+        while raws and raws[-1] is None:
+            raws.pop()
+        op.kind, op.attrs = facts.kind, facts.attrs
+        op.inputs = [None if r is None else self._value(r) for r in raws]
+        op.shape_inputs = [
+            self._value(r) for r in (node.inputs[i] for i in facts.shape_operands) if r is not None
+        ]
+        op.outputs = [self._value(out) for out in node.outputs]
+        for index, value in enumerate(op.outputs):
+            value.producer, value.index = op, index
+        for index, value in enumerate(op.inputs):
+            if value is not None:
+                value.users.append((op, index))
+        self._slots[op] = facts.operands
+        return op
+
+    def unique_name(self, base: str) -> str:
+        """A name that no value or node of the graph has yet."""
+        name, count = base, 1
+        while name in self._names:
+            count += 1
+            name = f"{base}_{count}"
+        self._names.add(name)
+        return name
+
+    def op_of(self, node: ir.Node) -> Op:
+        return self._by_node[node]
+
+    # ---- reading -------------------------------------------------------------------------------------
+    def constant_value(self, value: Value) -> np.ndarray | None:
+        tensor = constant_tensor(value.raw)
+        return None if tensor is None else tensor.numpy()
+
+    def text(self) -> list[str]:
+        lines = [f"input {v!r}" for v in self.inputs]
+        lines += [onnx_text.line(op) for op in self.ops]
+        return lines + [f"output {v!r}" for v in self.outputs]
+
+    def copy(self) -> OnnxGraph:
+        clone = self.model.clone()
+        env = ShapeEnv(clone)
+        env.trust_declared = self.env.trust_declared
+        pairs = [*zip(self.model.graph.inputs, clone.graph.inputs)]
+        for mine, theirs in zip(self.model.graph, clone.graph):
+            pairs += zip(mine.outputs, theirs.outputs)
+        for mine, theirs in pairs:
+            if mine in self.env.shapes:
+                env.shapes[theirs] = self.env.shapes[mine]
+            if mine in self.env.data:
+                env.data[theirs] = self.env.data[mine]
+        return OnnxGraph(clone, env=env)
+
+    def verify(self) -> None:
+        """Structure, shapes and dtypes; raises VerificationError."""
+        onnx_check.verify(self)
+
+    # ---- editing -------------------------------------------------------------------------------------
+    def insert(
+        self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any] | None = None, *, after: Op | None
+    ) -> list[Value]:
+        from ...kernels import OPS
+
+        if op not in OPS:
+            raise Refused(f"{op!r} is not an op of the dialect")
+        definition = OPS[op]
+        given = attrs or {}
+        raws = [None if v is None else v.raw for v in inputs]
+        shapes = [None if v is None else v.shape for v in inputs]
+        count = len(definition.output_shapes(shapes, given))
+        self._ensure_function(op, list(inputs), given)
+        return self.insert_node(op, raws, given, after=after, domain="elision", num_outputs=count)
+
+    def insert_node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attrs: dict[str, Any] | None = None,
+        *,
+        after: Op | None,
+        domain: str = "",
+        num_outputs: int = 1,
+        names: Sequence[str] | None = None,
+    ) -> list[Value]:
+        """Insert any ONNX node after `after`; the host's own way, for helpers of this adapter."""
+        node = ir.node(op_type, inputs, attrs or None, domain=domain, num_outputs=num_outputs)
+        node.name = self.unique_name(op_type)
+        for i, out in enumerate(node.outputs):
+            base = names[i] if names else f"{node.name}_out" + (f"_{i}" if num_outputs > 1 else "")
+            out.name = self.unique_name(base)
+        graph = self.model.graph
+        if after is not None:
+            graph.insert_after(after.raw, node)
+            position = self.ops.index(after) + 1
+        else:
+            # Constant nodes come first: what is inserted may read them.
+            first = next((n for n in graph if not is_constant_node(n)), None)
+            if first is None:
+                graph.append(node)
+            else:
+                graph.insert_before(first, node)
+            position = 0
+        self.env.update(node)
+        made = self._describe(node)
+        self.ops.insert(position, made)
+        return made.outputs
+
+    def _ensure_function(self, op: str, inputs: list[Value | None], attrs: dict[str, Any]) -> None:
+        """Put the op's function body into the model, so that any runtime can run the file."""
+        from .onnx_dialect import add_function
+
+        add_function(self.model, op)
+
+    def insert_constant(self, array: np.ndarray, name: str) -> Value:
+        unique = self.unique_name(name)
+        tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+        raw = ir.Value(
+            name=unique, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.model.graph.register_initializer(raw)
+        return self._value(raw)
+
+    def set_operand(self, op: Op, index: int, value: Value) -> None:
+        slots = self._slots[op]
+        if index >= len(slots):
+            raise Refused(f"{op.target} '{op.name}' has no operand {index}")
+        node: ir.Node = op.raw
+        slot = slots[index]
+        if slot >= len(node.inputs):
+            node.resize_inputs(slot + 1)
+        node.replace_input_with(slot, value.raw)
+        self._describe(node)
+
+    def replace_output(self, index: int, value: Value) -> None:
+        graph = self.model.graph
+        old = graph.outputs[index]
+        if old is value.raw:
+            return
+        name = old.name or f"output_{index}"
+        raw: ir.Value = value.raw
+        if raw.producer() is None or raw.is_graph_output() or is_constant_node(raw.producer()):
+            after = value.producer or (self.ops[-1] if self.ops else None)
+            raw = self.insert_node("Identity", [raw], after=after)[0].raw
+        graph.outputs[index] = raw
+        if old not in graph.outputs:
+            self._rename(old, self.unique_name(f"{name}_before"))
+            self._names.discard(name)
+            self._rename(raw, name)
+        self.outputs[index] = self._value(raw)
+
+    def _rename(self, raw: ir.Value, name: str) -> None:
+        raw.name = name
+        self._names.add(name)
+        if raw in self._values:
+            self._values[raw].name = name
+
+    def set_length(self, op: Op, axis: int, like: Value, like_axis: int) -> None:
+        onnx_lengths.set_length(self, op, axis, like, like_axis)
+        self.refresh(op)
+
+    def set_shape_operand(self, op: Op, slot: int, raw: ir.Value) -> None:
+        """Let the node's input `slot`, one that only says a shape, be `raw`."""
+        op.raw.replace_input_with(slot, raw)
+
+    def refresh(self, op: Op) -> None:
+        self.env.trust_declared = False
+        self.env.update(op.raw)
+        self._describe(op.raw)
+
+    def add_output(self, value: Value, name: str) -> None:
+        if name in self._names and value.name != name:
+            raise Refused(f"the graph already has a value named '{name}'")
+        raw: ir.Value = value.raw
+        if raw.name != name or raw.is_graph_output() or raw.producer() is None:
+            after = value.producer or (self.ops[-1] if self.ops else None)
+            raw = self.insert_node("Identity", [raw], after=after, names=[name])[0].raw
+        self.model.graph.outputs.append(raw)
+        self.outputs.append(self._value(raw))
+
+    def remove_dead(self) -> int:
+        graph = self.model.graph
+        removed = 0
+        for op in reversed(self.ops):
+            node: ir.Node = op.raw
+            if any(out.uses() or out.is_graph_output() for out in node.outputs):
+                continue
+            for value in op.inputs:
+                if value is not None:
+                    value.users = [(user, i) for user, i in value.users if user is not op]
+            graph.remove(node, safe=True)
+            self._forget(op)
+            removed += 1
+        if removed:
+            gone = {id(op) for op in [*self._by_node.values()]}
+            self.ops = [op for op in self.ops if id(op) in gone]
+        for node in list(graph):
+            if is_constant_node(node) and not any(o.uses() or o.is_graph_output() for o in node.outputs):
+                for out in node.outputs:
+                    self._values.pop(out, None)
+                graph.remove(node, safe=True)
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del graph.initializers[name]
+                self._values.pop(value, None)
+        return removed
+
+    def _forget(self, op: Op) -> None:
+        self._by_node.pop(op.raw, None)
+        self._slots.pop(op, None)
+        for out in op.outputs:
+            self._values.pop(out.raw, None)
+            self.env.forget(out.raw)
+            self._names.discard(out.name)
+
+
+def is_constant_node(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "Constant" and node.domain in ("", "ai.onnx")

@@ -1,0 +1,680 @@
+"""Output shapes of ONNX operators over symbolic lengths, one row per operator or family.
+
+Only the main domain, and the com.microsoft operators that survive normalising. An operator without a row is
+asked of onnx's own single-node inference; what that does not know keeps the shape its file declares.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import sympy
+
+from .graph import Dim, Shape, product
+from .onnx_shapes import ShapeEnv, broadcast, broadcast_dim, dim, floor_div, infer_with_onnx, quotient
+
+Shapes = list[Shape | None]
+Rule = Callable[[ShapeEnv, ir.Node], Shapes]
+RULES: dict[tuple[str, str], Rule] = {}
+
+
+def rule(*names: str, domain: str = "") -> Callable[[Rule], Rule]:
+    def add(function: Rule) -> Rule:
+        for name in names:
+            RULES[domain, name] = function
+        return function
+
+    return add
+
+
+def shapes_of(env: ShapeEnv, node: ir.Node) -> Shapes | None:
+    """One shape per output; None when no rule knows the operator."""
+    known = RULES.get((node.domain, node.op_type))
+    if known is not None:
+        return known(env, node)
+    if node.domain == "elision":
+        return dialect_shapes(env, node)
+    return infer_with_onnx(env, node)
+
+
+def dialect_shapes(env: ShapeEnv, node: ir.Node) -> Shapes | None:
+    """Shapes of our own ops, from their one definition."""
+    from ...kernels import OPS
+
+    definition = OPS.get(node.op_type)
+    if definition is None:
+        return None
+    attrs = {name: attr.value for name, attr in node.attributes.items()}
+    shapes = [None if v is None else env.need(v) for v in node.inputs]
+    return [tuple(s) for s in definition.output_shapes(shapes, attrs)]
+
+
+# ---- element types -----------------------------------------------------------------------------------
+BY_ATTRIBUTE = {"Cast": "to", "EyeLike": "dtype", "Bernoulli": "dtype", "RandomNormal": "dtype"}
+
+
+def dtypes_of(node: ir.Node) -> list[ir.DataType | None]:
+    """Element types of the outputs, from the operator's schema and its operands."""
+    nothing: list[ir.DataType | None] = [None] * len(node.outputs)
+    if node.domain == "elision":
+        return dialect_dtypes(node)
+    if node.domain not in ("", "ai.onnx"):
+        first = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
+        return [out.dtype or (first if i == 0 else None) for i, out in enumerate(node.outputs)]
+    if node.op_type in BY_ATTRIBUTE:
+        to = node.attributes.get_int(BY_ATTRIBUTE[node.op_type], 0)
+        if to:
+            return [ir.DataType(to)]
+    if node.op_type == "ConstantOfShape":
+        fill = node.attributes.get_tensor("value", None)
+        return [ir.DataType.FLOAT if fill is None else fill.dtype]
+    if node.op_type == "Constant":
+        tensor = ir.convenience.get_const_tensor(node.outputs[0])
+        return [None if tensor is None else tensor.dtype]
+    types = schema_types(node.op_type)
+    if types is None:
+        return nothing
+    formals, results = types
+    bound: dict[str, ir.DataType] = {}
+    for i, value in enumerate(node.inputs):
+        if value is not None and value.dtype is not None and formals:
+            bound.setdefault(formals[min(i, len(formals) - 1)], value.dtype)
+    out: list[ir.DataType | None] = []
+    for i in range(len(node.outputs)):
+        result = results[min(i, len(results) - 1)] if results else ""
+        out.append(result if isinstance(result, ir.DataType) else bound.get(result))
+    return out
+
+
+@functools.lru_cache(maxsize=None)
+def schema_types(op_type: str) -> tuple[list[str], list[str | ir.DataType]] | None:
+    """The names of an operator's type variables per operand, and per output a variable or its only type."""
+    try:
+        schema = onnx.defs.get_schema(op_type, domain="")
+    except onnx.defs.SchemaError:
+        return None
+    allowed = {c.type_param_str: list(c.allowed_type_strs) for c in schema.type_constraints}
+    formals = [formal.type_str for formal in schema.inputs]
+    results: list[str | ir.DataType] = []
+    for formal in schema.outputs:
+        choices = [formal.type_str] if formal.type_str.startswith("tensor(") else allowed.get(formal.type_str, [])
+        if len(choices) == 1 and choices[0].startswith("tensor("):
+            name = choices[0][7:-1]
+            results.append(ir.DataType[{"float": "FLOAT", "double": "DOUBLE"}.get(name, name.upper())])
+        else:
+            results.append(formal.type_str)
+    return formals, results
+
+
+def dialect_dtypes(node: ir.Node) -> list[ir.DataType | None]:
+    """Element types of our own ops' outputs, from their one definition."""
+    from ...kernels import OPS
+
+    definition = OPS.get(node.op_type)
+    if definition is None:
+        return [None] * len(node.outputs)
+    from .onnx_shapes import numpy_dtype
+
+    attrs = {name: attr.value for name, attr in node.attributes.items()}
+    names = definition.output_dtypes([None if v is None else numpy_dtype(v.dtype) for v in node.inputs], attrs)
+    back = {"float32": "FLOAT", "float64": "DOUBLE"}
+    return [ir.DataType[back.get(n, n.upper())] for n in names]
+
+
+# ---- helpers -----------------------------------------------------------------------------------------
+def axis_of(node: ir.Node, rank: int, default: int = 0, name: str = "axis") -> int:
+    axis = node.attributes.get_int(name, default)
+    if not -rank <= axis < max(rank, 1):
+        raise ValueError(f"axis {axis} of a value of rank {rank}")
+    return axis % rank if rank else 0
+
+
+def axes_operand(env: ShapeEnv, node: ir.Node, index: int) -> list[int] | None:
+    """Axes given as operand (newer opsets) or as attribute (older ones); None when not given."""
+    if len(node.inputs) > index and node.inputs[index] is not None:
+        axes = env.known_ints(node.inputs[index])
+        if axes is None:
+            raise ValueError("axes known only at run time")
+        return axes
+    if "axes" in node.attributes:
+        return list(node.attributes["axes"].as_ints())
+    return None
+
+
+def conv_length(length: Dim, kernel: int, stride: int, pads: int, dilation: int, ceil: bool = False) -> Dim:
+    span = length + pads - dilation * (kernel - 1) - 1
+    if ceil:
+        return dim(floor_div(span + stride - 1, stride) + 1)
+    return dim(floor_div(span, stride) + 1)
+
+
+# ---- the table ---------------------------------------------------------------------------------------
+ELEMENTWISE = (
+    "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast Ceil "
+    "Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish "
+    "Hardmax Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow "
+    "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh "
+    "ThresholdedRelu Where Xor"
+).split()
+
+
+@rule(*ELEMENTWISE)
+def _elementwise(env: ShapeEnv, node: ir.Node) -> Shapes:
+    # Clip's bounds and CastLike's second operand are scalars or say a type only.
+    values = node.inputs[:1] if node.op_type == "Clip" else [v for v in node.inputs if v is not None]
+    return [broadcast(*[env.shape(v) for v in values])]
+
+
+FIRST = (
+    "CastLike CumSum Dropout EyeLike GroupNormalization InstanceNormalization LRN LogSoftmax LpNormalization "
+    "MeanVarianceNormalization QuantizeLinear DequantizeLinear RandomNormalLike RandomUniformLike Bernoulli "
+    "RMSNormalization SimplifiedLayerNormalization ReverseSequence RotaryEmbedding ScatterElements Scatter "
+    "ScatterND Softmax TensorScatter Trilu BatchNormalization"
+).split()
+
+
+@rule(*FIRST)
+def _first(env: ShapeEnv, node: ir.Node) -> Shapes:
+    shape = env.need(node.inputs[0])
+    if node.op_type == "BatchNormalization":
+        return [shape] + [(shape[1],)] * (len(node.outputs) - 1)
+    return [shape] * len(node.outputs)
+
+
+@rule("RotaryEmbedding", "QuickGelu", "Gelu", "BiasGelu", "FastGelu", domain="com.microsoft")
+def _first_contrib(env: ShapeEnv, node: ir.Node) -> Shapes:
+    return [env.need(node.inputs[0])]
+
+
+@rule("LayerNormalization")
+def _layer_norm(env: ShapeEnv, node: ir.Node) -> Shapes:
+    shape = env.need(node.inputs[0])
+    axis = axis_of(node, len(shape), -1)
+    rest: Shape = tuple(d if i < axis else 1 for i, d in enumerate(shape))
+    return [shape, rest, rest][: len(node.outputs)]
+
+
+@rule("Constant")
+def _constant(env: ShapeEnv, node: ir.Node) -> Shapes:
+    tensor = ir.convenience.get_const_tensor(node.outputs[0])
+    return [None if tensor is None else tuple(int(d) for d in tensor.shape)]
+
+
+@rule("Shape")
+def _shape(env: ShapeEnv, node: ir.Node) -> Shapes:
+    rank = len(env.need(node.inputs[0]))
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)
+    return [(len(range(rank)[slice(start, end)]),)]
+
+
+@rule("Size")
+def _size(env: ShapeEnv, node: ir.Node) -> Shapes:
+    return [()]
+
+
+@rule("MatMul", "MatMulInteger")
+def _matmul(env: ShapeEnv, node: ir.Node) -> Shapes:
+    a, b = env.need(node.inputs[0]), env.need(node.inputs[1])
+    if not a or not b:
+        raise ValueError("a scalar operand")
+    left = a if len(a) > 1 else (1, *a)
+    right = b if len(b) > 1 else (*b, 1)
+    batch = broadcast(left[:-2], right[:-2])
+    out = [*(batch or ())]
+    if len(a) > 1:
+        out.append(left[-2])
+    if len(b) > 1:
+        out.append(right[-1])
+    return [tuple(out)]
+
+
+@rule("Gemm")
+def _gemm(env: ShapeEnv, node: ir.Node) -> Shapes:
+    a, b = env.need(node.inputs[0]), env.need(node.inputs[1])
+    rows = a[1] if node.attributes.get_int("transA", 0) else a[0]
+    columns = b[0] if node.attributes.get_int("transB", 0) else b[1]
+    return [(rows, columns)]
+
+
+@rule("Einsum")
+def _einsum(env: ShapeEnv, node: ir.Node) -> Shapes:
+    equation = node.attributes["equation"].as_string().replace(" ", "")
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    if "." in equation or len(terms) != len(node.inputs):
+        return infer_with_onnx(env, node) or [None]
+    lengths: dict[str, Dim] = {}
+    for term, value in zip(terms, node.inputs):
+        for letter, length in zip(term, env.need(value)):
+            lengths[letter] = broadcast_dim(lengths.get(letter, 1), length)
+    if "->" not in equation:
+        right = "".join(sorted(c for c in lengths if left.count(c) == 1))
+    return [tuple(lengths[c] for c in right)]
+
+
+@rule("Attention")
+def _attention(env: ShapeEnv, node: ir.Node) -> Shapes:
+    q, k, v = (env.need(x) for x in node.inputs[:3])
+    if len(q) == 4:
+        return [(*q[:3], v[3])] + present(env, node, k, v)
+    heads = node.attributes.get_int("q_num_heads", 1)
+    shared = node.attributes.get_int("kv_num_heads", heads)
+    width = quotient(v[2], shared) * heads
+    return [(q[0], q[1], dim(width))] + [None] * (len(node.outputs) - 1)
+
+
+def present(env: ShapeEnv, node: ir.Node, k: Shape, v: Shape) -> Shapes:
+    """The keys and values after the past ones, and the scores."""
+    past = env.shape(node.inputs[4]) if len(node.inputs) > 4 else None
+    total = k[2] if past is None else dim(k[2] + past[2])
+    q = env.need(node.inputs[0])
+    full: Shapes = [(*k[:2], total, k[3]), (*v[:2], total, v[3]), (*q[:3], total)]
+    return full[: len(node.outputs) - 1]
+
+
+@rule("MultiHeadAttention", domain="com.microsoft")
+def _mha(env: ShapeEnv, node: ir.Node) -> Shapes:
+    q = env.need(node.inputs[0])
+    v = env.shape(node.inputs[2]) if len(node.inputs) > 2 else None
+    if len(q) != 3 or v is None:
+        return [None] * len(node.outputs)
+    width = v[2] if len(v) == 3 else dim(v[1] * v[3])
+    return [(q[0], q[1], width)] + [None] * (len(node.outputs) - 1)
+
+
+@rule("Reshape")
+def _reshape(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    target = env.ints(node.inputs[1])
+    out = node.outputs[0]
+    if target is None:
+        rank = env.need(node.inputs[1])[0]
+        if not isinstance(rank, int):
+            return [None]
+        if rank == 1:
+            return [(dim(product(x)),)]
+        declared = env.declared(out)
+        if declared is not None and len(declared) == rank:
+            return [declared]
+        return [tuple(env.fresh(out, i) for i in range(rank))]
+    allow_zero = node.attributes.get_int("allowzero", 0)
+    dims: list[Any] = [
+        x[i] if d == 0 and not allow_zero else env.fresh(out, i) if d is None else d for i, d in enumerate(target)
+    ]
+    if -1 in dims:
+        index = dims.index(-1)
+        rest = product(d for i, d in enumerate(dims) if i != index)
+        # Lengths that x and the target share cancel before dividing: (b*n*c) / (b*c) needs no algebra.
+        dims[index] = quotient(product(x), rest)
+    elif None in target and target.count(None) == 1:
+        index = target.index(None)
+        rest = product(d for i, d in enumerate(dims) if i != index)
+        dims[index] = quotient(product(x), rest)
+    return [tuple(dims)]
+
+
+@rule("Flatten")
+def _flatten(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    axis = node.attributes.get_int("axis", 1)
+    axis = axis + len(x) if axis < 0 else axis
+    return [(dim(product(x[:axis])), dim(product(x[axis:])))]
+
+
+@rule("Squeeze")
+def _squeeze(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    axes = axes_operand(env, node, 1)
+    gone = {i for i, d in enumerate(x) if d == 1} if axes is None else {a % len(x) for a in axes}
+    return [tuple(d for i, d in enumerate(x) if i not in gone)]
+
+
+@rule("Unsqueeze")
+def _unsqueeze(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    axes = axes_operand(env, node, 1)
+    if axes is None:
+        raise ValueError("Unsqueeze without axes")
+    rank = len(x) + len(axes)
+    new = {a % rank for a in axes}
+    rest = iter(x)
+    return [tuple(1 if i in new else next(rest) for i in range(rank))]
+
+
+@rule("Transpose")
+def _transpose(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(x))[::-1]
+    return [tuple(x[p] for p in perm)]
+
+
+@rule("Expand")
+def _expand(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    target = env.ints(node.inputs[1])
+    out = node.outputs[0]
+    if target is None:
+        rank = env.need(node.inputs[1])[0]
+        if not isinstance(rank, int):
+            return [None]
+        target = [None] * rank
+    rank = max(len(x), len(target))
+    dims = []
+    for i in range(rank):
+        a: Dim = x[i - rank + len(x)] if i - rank + len(x) >= 0 else 1
+        position = i - rank + len(target)
+        b = target[position] if position >= 0 else 1
+        if b is None:
+            b = env.fresh(out, i) if a == 1 else a
+        dims.append(broadcast_dim(a, b))
+    return [tuple(dims)]
+
+
+@rule("Tile")
+def _tile(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    times = env.ints(node.inputs[1]) or [None] * len(x)
+    return [tuple(env.fresh(node.outputs[0], i) if t is None else d * t for i, (d, t) in enumerate(zip(x, times)))]
+
+
+@rule("Concat")
+def _concat(env: ShapeEnv, node: ir.Node) -> Shapes:
+    parts = [env.need(v) for v in node.inputs]
+    axis = axis_of(node, len(parts[0]))
+    out = list(parts[0])
+    for i in range(len(out)):
+        if i == axis:
+            total: Dim = 0
+            for part in parts:
+                total = total + part[i]
+            out[i] = total
+        else:
+            for part in parts[1:]:
+                out[i] = broadcast_dim(out[i], part[i])
+    return [tuple(out)]
+
+
+@rule("Split")
+def _split(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    axis = axis_of(node, len(x))
+    count = len(node.outputs)
+    sizes: list[Any] | None = None
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        sizes = env.ints(node.inputs[1])
+        if sizes is None:
+            sizes = [None] * count
+    elif "split" in node.attributes:
+        sizes = list(node.attributes["split"].as_ints())
+    if sizes is None:
+        length = x[axis]
+        if isinstance(length, int):
+            chunk = -(-length // count)
+            sizes = [min(chunk, length - chunk * i) for i in range(count)]
+        else:
+            sizes = [quotient(length, count)] * count
+    return [
+        (*x[:axis], env.fresh(out, axis) if s is None else s, *x[axis + 1 :]) for out, s in zip(node.outputs, sizes)
+    ]
+
+
+def slice_length(length: Dim, start: Any, end: Any, step: int) -> Dim | None:
+    """How many positions a slice keeps; None when that is not known before the run."""
+    far = 2**31 - 2
+    if isinstance(length, int):
+        if isinstance(start, int) and isinstance(end, int):
+            return len(range(length)[slice(start, end if end > -far else None, step)])
+        if step != 1 or start is None or end is None:
+            return None
+    if step == -1 and isinstance(start, int) and isinstance(end, int) and start in (-1, far) and end < -far:
+        return length
+    if start is None or end is None or step < 1:
+        return None
+    # Bounds that are counted from the end, and bounds past it.
+    first = start if not isinstance(start, int) or start >= 0 else length + start
+    if isinstance(end, int) and end >= far:
+        last: Any = length
+    elif isinstance(end, int) and end < 0:
+        last = length + end
+    else:
+        last = sympy.Min(length, end)
+        if isinstance(end, int) and end == 0:
+            last = 0
+    if isinstance(start, int) and start >= 0 and isinstance(end, int) and 0 <= end < far:
+        # x[2:10] of an axis of unknown length: full where the axis is long enough, which models rely on.
+        last = sympy.Min(length, end)
+        first = sympy.Min(length, start) if start else 0
+    span = dim(sympy.sympify(last) - first)
+    if not isinstance(span, int) and span.is_negative:
+        return 0
+    return dim(span if step == 1 else floor_div(span + step - 1, step))
+
+
+@rule("Slice")
+def _slice(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    out = list(x)
+    starts, ends = env.ints(node.inputs[1]), env.ints(node.inputs[2])
+    third = node.inputs[3] if len(node.inputs) > 3 else None
+    fourth = node.inputs[4] if len(node.inputs) > 4 else None
+    count = env.need(node.inputs[1])[0]
+    if not isinstance(count, int):
+        return [None]
+    axes = env.known_ints(third) if third is not None else list(range(count))
+    steps = env.known_ints(fourth) if fourth is not None else [1] * count
+    if axes is None:
+        return [tuple(env.fresh(node.outputs[0], i) for i in range(len(x)))]
+    for i, axis in enumerate(axes):
+        axis = axis % len(x)
+        start = None if starts is None else starts[i]
+        end = None if ends is None else ends[i]
+        length = None if steps is None else slice_length(x[axis], start, end, steps[i])
+        out[axis] = env.fresh(node.outputs[0], axis) if length is None else length
+    return [tuple(out)]
+
+
+@rule("Gather")
+def _gather(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x, index = env.need(node.inputs[0]), env.need(node.inputs[1])
+    axis = axis_of(node, len(x))
+    return [(*x[:axis], *index, *x[axis + 1 :])]
+
+
+@rule("GatherElements")
+def _gather_elements(env: ShapeEnv, node: ir.Node) -> Shapes:
+    return [env.need(node.inputs[1])]
+
+
+@rule("GatherND")
+def _gather_nd(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x, index = env.need(node.inputs[0]), env.need(node.inputs[1])
+    batch = node.attributes.get_int("batch_dims", 0)
+    depth = index[-1]
+    if not isinstance(depth, int):
+        return [None]
+    return [(*index[:-1], *x[batch + depth :])]
+
+
+REDUCE = (
+    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
+    "ReduceSumSquare"
+).split()
+
+
+@rule(*REDUCE)
+def _reduce(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    axes = axes_operand(env, node, 1)
+    keep = node.attributes.get_int("keepdims", 1)
+    if not axes:
+        if axes is not None or len(node.inputs) > 1:
+            axes = None
+        if node.attributes.get_int("noop_with_empty_axes", 0):
+            return [x]
+        gone = set(range(len(x)))
+    else:
+        gone = {a % len(x) for a in axes}
+    return [tuple(1 if i in gone else d for i, d in enumerate(x) if keep or i not in gone)]
+
+
+@rule("ArgMax", "ArgMin")
+def _arg(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    axis = axis_of(node, len(x))
+    keep = node.attributes.get_int("keepdims", 1)
+    return [tuple(1 if i == axis else d for i, d in enumerate(x) if keep or i != axis)]
+
+
+@rule("TopK")
+def _topk(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    axis = axis_of(node, len(x), -1)
+    k = env.ints(node.inputs[1])
+    length = env.fresh(node.outputs[0], axis) if not k or k[0] is None else k[0]
+    return [(*x[:axis], length, *x[axis + 1 :])] * len(node.outputs)
+
+
+@rule("OneHot")
+def _one_hot(env: ShapeEnv, node: ir.Node) -> Shapes:
+    ids = env.need(node.inputs[0])
+    depth = env.ints(node.inputs[1])
+    axis = node.attributes.get_int("axis", -1) % (len(ids) + 1)
+    length = env.fresh(node.outputs[0], axis) if not depth or depth[0] is None else depth[0]
+    return [(*ids[:axis], length, *ids[axis:])]
+
+
+@rule("ConstantOfShape")
+def _constant_of_shape(env: ShapeEnv, node: ir.Node) -> Shapes:
+    target = env.ints(node.inputs[0])
+    out = node.outputs[0]
+    if target is None:
+        rank = env.need(node.inputs[0])[0]
+        return [tuple(env.fresh(out, i) for i in range(rank)) if isinstance(rank, int) else None]
+    return [tuple(env.fresh(out, i) if d is None else d for i, d in enumerate(target))]
+
+
+@rule("Range")
+def _range(env: ShapeEnv, node: ir.Node) -> Shapes:
+    bounds = [env.ints(v) for v in node.inputs]
+    if any(not b or b[0] is None for b in bounds):
+        return [(env.fresh(node.outputs[0], 0),)]
+    start, limit, delta = (b[0] for b in bounds if b)
+    if all(isinstance(x, int) for x in (start, limit, delta)):
+        return [(len(range(start, limit, delta)),)]
+    return [(dim(sympy.ceiling((sympy.sympify(limit) - start) / delta)),)]
+
+
+@rule("NonZero")
+def _nonzero(env: ShapeEnv, node: ir.Node) -> Shapes:
+    return [(len(env.need(node.inputs[0])), env.fresh(node.outputs[0], 1))]
+
+
+@rule("Conv", "AveragePool", "MaxPool", "LpPool", "ConvInteger")
+def _conv(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    spatial = len(x) - 2
+    attrs = node.attributes
+    conv = node.op_type.startswith("Conv")
+    if "kernel_shape" in attrs:
+        kernel: list[Any] = list(attrs["kernel_shape"].as_ints())
+    else:
+        kernel = list(env.need(node.inputs[1])[2:])
+    stride = list(attrs["strides"].as_ints()) if "strides" in attrs else [1] * spatial
+    dilation = list(attrs["dilations"].as_ints()) if "dilations" in attrs else [1] * spatial
+    pads = list(attrs["pads"].as_ints()) if "pads" in attrs else [0] * (2 * spatial)
+    mode = attrs["auto_pad"].as_string() if "auto_pad" in attrs else "NOTSET"
+    ceil = bool(attrs.get_int("ceil_mode", 0))
+    channels = env.need(node.inputs[1])[0] if conv else x[1]
+    out: list[Dim] = [x[0], channels]
+    for i in range(spatial):
+        length = x[2 + i]
+        if mode in ("SAME_UPPER", "SAME_LOWER"):
+            out.append(floor_div(length + stride[i] - 1, stride[i]))
+        else:
+            total = 0 if mode == "VALID" else pads[i] + pads[i + spatial]
+            out.append(conv_length(length, kernel[i], stride[i], total, dilation[i], ceil))
+    return [tuple(out)] * len(node.outputs)
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def _global_pool(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    return [(*x[:2], *([1] * (len(x) - 2)))]
+
+
+@rule("ConvTranspose")
+def _conv_transpose(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x, weight = env.need(node.inputs[0]), env.need(node.inputs[1])
+    spatial = len(x) - 2
+    attrs = node.attributes
+
+    def get(name: str, default: list[int]) -> list[int]:
+        return list(attrs[name].as_ints()) if name in attrs else default
+
+    stride, dilation = get("strides", [1] * spatial), get("dilations", [1] * spatial)
+    pads, extra = get("pads", [0] * (2 * spatial)), get("output_padding", [0] * spatial)
+    channels = weight[1] * attrs.get_int("group", 1)
+    if "output_shape" in attrs:
+        return [(x[0], channels, *attrs["output_shape"].as_ints()[-spatial:])]
+    mode = attrs["auto_pad"].as_string() if "auto_pad" in attrs else "NOTSET"
+    out: list[Dim] = [x[0], channels]
+    for i in range(spatial):
+        if mode in ("SAME_UPPER", "SAME_LOWER"):
+            out.append(x[2 + i] * stride[i])
+            continue
+        total = 0 if mode == "VALID" else pads[i] + pads[i + spatial]
+        span = dilation[i] * (weight[2 + i] - 1) + 1
+        out.append((x[2 + i] - 1) * stride[i] + extra[i] + span - total)
+    return [tuple(out)]
+
+
+@rule("Resize", "Upsample")
+def _resize(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    out = list(x)
+    axes = [a % len(x) for a in node.attributes["axes"].as_ints()] if "axes" in node.attributes else range(len(x))
+    sizes = env.ints(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    which = 1 if node.op_type == "Upsample" else 2
+    scale_value = node.inputs[which] if len(node.inputs) > which else None
+    scales = env.ints(scale_value) if scale_value is not None else None
+    for i, axis in enumerate(axes):
+        if sizes:
+            out[axis] = env.fresh(node.outputs[0], axis) if sizes[i] is None else sizes[i]
+        elif scales:
+            out[axis] = (
+                env.fresh(node.outputs[0], axis)
+                if scales[i] is None
+                else dim(sympy.floor(sympy.sympify(out[axis]) * scales[i]))
+            )
+        else:
+            out[axis] = env.fresh(node.outputs[0], axis)
+    return [tuple(out)]
+
+
+@rule("Pad")
+def _pad(env: ShapeEnv, node: ir.Node) -> Shapes:
+    x = env.need(node.inputs[0])
+    pads: list[Any] | None = (
+        list(node.attributes["pads"].as_ints()) if "pads" in node.attributes else env.ints(node.inputs[1])
+    )
+    axes = list(range(len(x)))
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        axes = [a % len(x) for a in env.known_ints(node.inputs[3]) or axes]
+    out = list(x)
+    for i, axis in enumerate(axes):
+        low, high = (None, None) if pads is None else (pads[i], pads[i + len(axes)])
+        out[axis] = env.fresh(node.outputs[0], axis) if low is None or high is None else dim(out[axis] + low + high)
+    return [tuple(out)]
+
+
+@rule("DepthToSpace", "SpaceToDepth")
+def _depth_to_space(env: ShapeEnv, node: ir.Node) -> Shapes:
+    b, c, h, w = env.need(node.inputs[0])
+    block = node.attributes["blocksize"].as_int()
+    if node.op_type == "DepthToSpace":
+        return [(b, quotient(c, block * block), h * block, w * block)]
+    return [(b, c * block * block, quotient(h, block), quotient(w, block))]

@@ -1,0 +1,165 @@
+"""Normalising: whatever exporter wrote a file, what comes out is one dialect of ONNX.
+
+Opset 23 (the first with Attention and RMSNormalization), functions inlined except our own, constants folded, shapes
+plain, and the blocks of a transformer as one operator each. The function that the model computes stays the
+same; operators that are not recognised stay as they were, with the reason in the report.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxscript import version_converter
+
+from ..errors import ModelFileError
+from ..ir.onnx_shapes import ShapeEnv
+from . import contrib, fold, plain, raise_attention, raise_norms
+from .surgery import Editor
+
+OPSET = 23
+
+
+@dataclass
+class NormaliseReport:
+    """What normalising did. `rules`: how often each rule fired; `near_misses`: what almost matched, and why not."""
+
+    opset_before: int
+    opset_after: int
+    nodes_before: int
+    nodes_after: int
+    rules: dict[str, int] = field(default_factory=dict)
+    near_misses: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def attentions(self) -> int:
+        return self.rules.get("Attention", 0)
+
+    def lines(self) -> list[str]:
+        """The report as text, one fact a line."""
+        head = f"{self.nodes_before} nodes of opset {self.opset_before} -> {self.nodes_after} of {self.opset_after}"
+        return [head, *(f"{name}: {n}" for name, n in self.rules.items()), *self.near_misses, *self.notes]
+
+
+def normalise(model: ir.Model) -> NormaliseReport:
+    """Bring `model` to the canonical form, in place. Raises ModelFileError when the model is not consistent."""
+    started = time.perf_counter()
+    before = model.opset_imports.get("", 0)
+    report = NormaliseReport(before, before, count_nodes(model), 0)
+    step(model, lambda: common.RemoveInitializersFromInputsPass()(model), "weights that are inputs too")
+    step(model, lambda: inline(model), "inlining functions")
+    convert(model, report)
+    step(model, lambda: common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model), "constants")
+    ed = Editor(model, ShapeEnv(model).run())
+    step(model, lambda: rewrite(ed), "rewriting")
+    report.opset_after = model.opset_imports.get("", 0)
+    report.rules, report.near_misses = ed.counts, unique(ed.near_misses)
+    report.nodes_after = count_nodes(model)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def rewrite(ed: Editor) -> None:
+    """All rules, cheap ones first; folding again where raising made new constants."""
+    if ed.model.opset_imports.get("", 0) < OPSET:
+        ed.near_misses.append("nothing raised: the model could not be brought to a newer operator set")
+        return
+    contrib.unpack(ed)
+    for _ in range(2):
+        fold.fold_shapes(ed)
+        fold.fold_constants(ed)
+        fold.remove_idle(ed)
+        ed.sweep()
+    share(ed)
+    plain.simplify(ed)
+    raise_norms.raise_norms(ed)
+    raise_norms.raise_gelu(ed)
+    raise_attention.raise_attention(ed)
+    fold.fold_constants(ed)
+    fold.remove_idle(ed)
+    ed.sweep()
+    tidy(ed)
+
+
+def share(ed: Editor) -> None:
+    """Equal subexpressions once: Shape nodes above all."""
+    common.CommonSubexpressionEliminationPass()(ed.model)
+    ed.sweep()
+
+
+def tidy(ed: Editor) -> None:
+    """Names for nameless nodes, the inputs and outputs of the model untouched."""
+    common.RemoveUnusedFunctionsPass()(ed.model)
+    common.RemoveUnusedOpsetsPass()(ed.model)
+    for index, node in enumerate(ed.graph):
+        if not node.name:
+            node.name = f"{node.op_type}_{index}"
+
+
+def count_nodes(model: ir.Model) -> int:
+    return sum(1 for node in model.graph if node.op_type != "Constant")
+
+
+def unique(lines: list[str]) -> list[str]:
+    return list(dict.fromkeys(lines))
+
+
+def step(model: ir.Model, action: Callable[[], object], what: str) -> None:
+    """Run one step; what breaks it is a fact about the file, told in one line."""
+    try:
+        action()
+    except ModelFileError:
+        raise
+    except Exception as error:
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelFileError(f"the model cannot be normalised ({what}: {text[:200]})") from error
+
+
+def inline(model: ir.Model) -> None:
+    """Inline every model-local function but those of our own dialect."""
+    if any(f.domain != "elision" for f in model.functions.values()):
+        common.InlinePass(criteria=lambda function: function.domain != "elision")(model)
+        common.RemoveUnusedFunctionsPass()(model)
+
+
+def convert(model: ir.Model, report: NormaliseReport) -> None:
+    """Bring the standard domain to OPSET; a model that cannot be converted stays what it is, with a note."""
+    if "ai.onnx" in model.opset_imports:
+        model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
+    version = model.opset_imports.get("", 0)
+    if version == 0:
+        model.opset_imports[""] = OPSET
+    if version >= OPSET or version == 0:
+        return
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)  # the converter tells at warning level that it uses onnx's own one
+    clone = model.clone()
+    try:
+        version_converter.convert_version(clone, OPSET, fallback=True)
+    except Exception as error:
+        report.notes.append(f"opset {version} kept: {str(error).splitlines()[0][:160]}")
+        return
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+    if clone.opset_imports.get("", 0) == OPSET:
+        adopt(model, clone)
+    else:
+        report.notes.append(f"opset {version} kept: no converter to {OPSET} for one of its operators")
+
+
+def adopt(model: ir.Model, other: ir.Model) -> None:
+    """Let `model` hold the graph of `other`, so that callers keep their object."""
+    model.graph = other.graph
+    model.functions.clear()
+    for function in other.functions.values():
+        model.functions[function.identifier()] = function
+    model.ir_version = max(model.ir_version or 10, 10)

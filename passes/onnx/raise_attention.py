@@ -1,0 +1,421 @@
+"""Raising decomposed attention to the standard operator Attention (opset 23).
+
+Every Softmax over the last axis is asked whether it stands between two products: scores = q k^T (scaled and masked on
+the way), weights, weights v. The parts may come in any order and spelling; whatever cannot be expressed by
+the operator leaves the nodes as they are and a reason in the report.
+
+The scale may stand on q, on k, on both or on the scores, as a product or quotient; k^T may be a Transpose with
+any permutation; masks may be added or chosen with Where; heads may be an axis of their own or folded into
+the batch (rank 3). Packed projections need no rule: they end in the same q, k and v.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from ..ir.onnx_shapes import broadcast
+from .surgery import Editor
+
+NAN_GUARD = "elision.nan_guard"
+"""Metadata on an Attention whose fully masked rows were zero in the source (softmax then Where(isnan, 0))."""
+
+
+class NoMatch(Exception):
+    """Why a softmax is no attention that we can raise."""
+
+
+@dataclass
+class Scores:
+    """What was found between the product q k^T and the softmax."""
+
+    product: ir.Node
+    scale: float = 1.0
+    masks: list[ir.Value] = field(default_factory=list)
+    keep: ir.Value | None = None  # a bool mask: True where a key may be attended to
+    per_head: ir.Value | None = None  # a constant factor [h, 1, 1]
+    reshaped: bool = False
+
+
+def raise_attention(ed: Editor) -> None:
+    for node in list(ed.graph):
+        if node.op_type != "Softmax" or node.domain != "" or node.graph is not ed.graph:
+            continue
+        try:
+            raise_one(ed, node)
+            ed.count("Attention")
+        except NoMatch as why:
+            ed.near_misses.append(f"attention at {ed.label(node)}: {why}")
+    ed.sweep()
+
+
+def raise_one(ed: Editor, softmax: ir.Node) -> None:
+    """Replace the attention around `softmax`, or raise NoMatch before anything is changed."""
+    probabilities = softmax.outputs[0]
+    shape = ed.shape(probabilities)
+    if shape is None or len(shape) not in (3, 4):
+        raise NoMatch(f"its rank is {'unknown' if shape is None else len(shape)}, not 3 or 4")
+    if softmax.attributes.get_int("axis", -1) % len(shape) != len(shape) - 1:
+        raise NoMatch("it is not over the last axis")
+    guard, weights = weights_of(ed, probabilities)
+    product = ed.user(weights, "MatMul", "Reshape")
+    unfolded = False
+    if product is not None and product.op_type == "Reshape":
+        unfolded = True
+        product = ed.user(product.outputs[0], "MatMul")
+    if product is None:
+        raise NoMatch("its result is used by something else than one product with the values")
+    left = product.inputs[0]
+    if left is not weights and not unfolded:
+        raise NoMatch("the values stand on the left of the product")
+    value = product.inputs[1]
+    scores = scores_of(ed, softmax)
+    q, k, factor = operands_of(ed, scores.product)
+    scale = scores.scale * factor
+    assert value is not None
+    emit_attention(ed, softmax, product, scores, q, k, value, scale, guard)
+
+
+def weights_of(ed: Editor, probabilities: ir.Value) -> tuple[bool, ir.Value]:
+    """(whether NaN rows are set to zero, the value the product reads) after the softmax."""
+    users = [use.node for use in probabilities.uses()]
+    kinds = sorted(node.op_type for node in users)
+    if kinds == ["IsNaN", "Where"] and not probabilities.is_graph_output():
+        where = next(node for node in users if node.op_type == "Where")
+        isnan = ed.made_by(where.inputs[0], "IsNaN")
+        if isnan is not None and where.inputs[2] is probabilities and ed.number(where.inputs[1]) == 0.0:
+            return True, where.outputs[0]
+    if probabilities.is_graph_output():
+        raise NoMatch("its probabilities are an output of the graph")
+    cast = ed.user(probabilities, "Cast")
+    if cast is not None:
+        return False, cast.outputs[0]
+    return False, probabilities
+
+
+def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
+    """Walk up from the softmax to the product of queries and keys."""
+    value = softmax.inputs[0]
+    found: dict[str, float] = {"scale": 1.0}
+    masks: list[ir.Value] = []
+    keep: ir.Value | None = None
+    per_head: ir.Value | None = None
+    reshaped = False
+    for _ in range(12):
+        node = None if value is None else value.producer()
+        if node is None or value is None:
+            raise NoMatch("its operand is not a product of queries and keys")
+        if value is not softmax.inputs[0] and not ed.used_once(value):
+            raise NoMatch(f"the scores are used elsewhere too (%{value.name})")
+        if node.domain == "" and node.op_type == "MatMul":
+            return Scores(node, found["scale"], masks, keep, per_head, reshaped)
+        if node.domain != "":
+            raise NoMatch(f"{ed.label(node)} stands between the product and the softmax")
+        if node.op_type in ("Mul", "Div"):
+            split = ed.split_constant(node)
+            if split is not None and (node.op_type == "Mul" or split[0] is node.inputs[0]):
+                value, number = split
+                found["scale"] *= number if node.op_type == "Mul" else 1.0 / number
+            elif node.op_type == "Mul" and per_head is None:
+                value, per_head = head_factor(ed, node)
+            else:
+                raise NoMatch(f"{ed.label(node)} scales the scores by something that is not a number")
+        elif node.op_type == "Add":
+            if per_head is not None:
+                raise NoMatch("the mask is added before the scores are scaled per head")
+            value, mask = scores_and_mask(ed, node)
+            masks.append(scaled(ed, node, mask, found["scale"]))
+        elif node.op_type == "Sub":
+            raise NoMatch("the mask is subtracted")
+        elif node.op_type == "Where":
+            value, extra, boolean = where_mask(ed, node)
+            if boolean is not None and keep is None:
+                keep = boolean
+            elif extra is not None:
+                masks.append(scaled(ed, node, extra, found["scale"]))
+            else:
+                raise NoMatch("two Where masks")
+        elif node.op_type in ("Cast", "Identity"):
+            value = node.inputs[0]
+        elif node.op_type == "Reshape" and folds_heads(ed, node):
+            reshaped = not reshaped
+            value = node.inputs[0]
+        else:
+            raise NoMatch(f"{ed.label(node)} stands between the product and the softmax")
+    raise NoMatch("no product of queries and keys within reach")
+
+
+def scaled(ed: Editor, node: ir.Node, mask: ir.Value, scale: float) -> ir.Value:
+    """The mask as it counts after a scale that stands between it and the softmax."""
+    return mask if scale == 1.0 else ed.emit("Mul", [mask, ed.like(scale, mask)], before=node)
+
+
+def head_factor(ed: Editor, node: ir.Node) -> tuple[ir.Value | None, ir.Value]:
+    """(the scores, a constant factor per head): the factor has length 1 along queries and keys."""
+    for x, c in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+        shape = ed.shape(c)
+        if c is not None and ed.is_constant(c) and shape is not None and len(shape) >= 2 and shape[-2:] == (1, 1):
+            return x, c
+    raise NoMatch(f"{ed.label(node)} scales the scores by something that is not a number")
+
+
+def scores_and_mask(ed: Editor, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """Which operand of an Add is the scores: the one with a MatMul not far above it."""
+    a, b = node.inputs[0], node.inputs[1]
+    assert a is not None and b is not None
+    left, right = leads_to_product(ed, a), leads_to_product(ed, b)
+    if left and not right:
+        return a, b
+    if right and not left:
+        return b, a
+    if not left:
+        raise NoMatch(f"neither operand of {ed.label(node)} comes from a product")
+    # Both do: the mask is itself computed by a product (relative positions). Scores have the full shape.
+    full = ed.shape(node.outputs[0])
+    if ed.shape(a) == full and ed.shape(b) != full:
+        return a, b
+    if ed.shape(b) == full and ed.shape(a) != full:
+        return b, a
+    return a, b
+
+
+def leads_to_product(ed: Editor, value: ir.Value) -> bool:
+    for _ in range(8):
+        node = value.producer()
+        if node is None or node.domain != "":
+            return False
+        if node.op_type == "MatMul":
+            return True
+        if node.op_type in ("Mul", "Div", "Add", "Cast", "Identity", "Reshape"):
+            following = [v for v in node.inputs if v is not None and not ed.is_constant(v) and v.producer()]
+            if node.op_type == "Add" and len(following) == 2:
+                return any(leads_to_product(ed, v) for v in following)
+            if not following:
+                return False
+            value = following[0]
+        elif node.op_type == "Where":
+            following = [v for v in node.inputs[1:] if v is not None and not ed.is_constant(v) and v.producer()]
+            if not following:
+                return False
+            value = following[0]
+        else:
+            return False
+    return False
+
+
+def where_mask(ed: Editor, node: ir.Node) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """(scores, additive mask or None, bool mask or None) of Where(condition, scores, fill) and its mirror.
+
+    A fill of minus infinity is a bool mask. A finite one becomes Where(condition, 0, fill), added: the same
+    after the softmax wherever a row keeps one key, since the fill outweighs every score.
+    """
+    condition, a, b = node.inputs
+    assert condition is not None and a is not None and b is not None
+    fill_a, fill_b = ed.number(a), ed.number(b)
+    if (fill_a is None) == (fill_b is None):
+        raise NoMatch(f"{ed.label(node)} does not choose between scores and one number")
+    scores, fill, inverted = (b, fill_a, True) if fill_a is not None else (a, fill_b, False)
+    assert fill is not None
+    if fill > -1e4 and not math.isinf(fill):
+        raise NoMatch(f"{ed.label(node)} fills with {fill}, which does not mask")
+    if math.isinf(fill):
+        if inverted:
+            condition = ed.emit("Not", [condition], before=node)
+        return scores, None, condition
+    zero, number = ed.like(0.0, scores), ed.like(fill, scores)
+    parts = [number, zero] if inverted else [zero, number]
+    return scores, ed.emit("Where", [condition, *parts], before=node), None
+
+
+def folds_heads(ed: Editor, node: ir.Node) -> bool:
+    """A Reshape between [b * h, n, m] and [b, h, n, m]."""
+    a, b = ed.shape(node.inputs[0]), ed.shape(node.outputs[0])
+    return a is not None and b is not None and {len(a), len(b)} == {3, 4} and a[-2:] == b[-2:]
+
+
+def operands_of(ed: Editor, product: ir.Node) -> tuple[ir.Value, ir.Value, float]:
+    """(q [.., n, d], k [.., m, d], the scale that stood on them); k is transposed back where that is free."""
+    q, transposed = product.inputs[0], product.inputs[1]
+    assert q is not None and transposed is not None
+    q, factor = peel_scale(ed, q)
+    transposed, factor2 = peel_scale(ed, transposed)
+    factor *= factor2
+    node = ed.made_by(transposed, "Transpose")
+    if node is not None:
+        source, inner = peel_scale(ed, node.inputs[0]) if node.inputs[0] is not None else (None, 1.0)
+        assert source is not None
+        perm = list(node.attributes.get_ints("perm", range(len(ed.shape(transposed) or ()))[::-1]))
+        perm[-1], perm[-2] = perm[-2], perm[-1]
+        if perm == list(range(len(perm))):
+            return q, source, factor * inner
+        return q, ed.emit("Transpose", [source], {"perm": perm}, before=product), factor * inner
+    direct = through_folded_transpose(ed, transposed)
+    if direct is not None:
+        direct, inner = peel_scale(ed, direct)
+        return q, direct, factor * inner
+    rank = len(ed.shape(transposed) or ())
+    if rank < 3:
+        raise NoMatch("the keys have no batch axis")
+    perm = [*range(rank - 2), rank - 1, rank - 2]
+    return q, ed.emit("Transpose", [transposed], {"perm": perm}, before=product), factor
+
+
+def through_folded_transpose(ed: Editor, value: ir.Value) -> ir.Value | None:
+    """k of Reshape(Transpose(Reshape(k, [b * h, m, d]), [0, 2, 1]), [b, h, d, m])."""
+    outer = ed.made_by(value, "Reshape")
+    middle = ed.made_by(outer.inputs[0], "Transpose") if outer is not None else None
+    inner = ed.made_by(middle.inputs[0], "Reshape") if middle is not None else None
+    if middle is None or inner is None or list(middle.attributes.get_ints("perm", [])) != [0, 2, 1]:
+        return None
+    source, result = ed.shape(inner.inputs[0]), ed.shape(value)
+    if source is None or result is None or len(source) != 4 or len(result) != 4:
+        return None
+    same = source[:2] == result[:2] and source[2] == result[3] and source[3] == result[2]
+    return inner.inputs[0] if same else None
+
+
+def peel_scale(ed: Editor, value: ir.Value) -> tuple[ir.Value, float]:
+    """(x, c) where value = c * x with a number c; (value, 1) otherwise."""
+    factor = 1.0
+    for _ in range(3):
+        node = ed.made_by(value, "Mul", "Div")
+        split = ed.split_constant(node) if node is not None else None
+        if node is None or split is None or (node.op_type == "Div" and split[0] is not node.inputs[0]):
+            break
+        if ed.shape(split[0]) != ed.shape(value):
+            break
+        value = split[0]
+        factor *= split[1] if node.op_type == "Mul" else 1.0 / split[1]
+    return value, factor
+
+
+def emit_attention(
+    ed: Editor,
+    softmax: ir.Node,
+    product: ir.Node,
+    scores: Scores,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    scale: float,
+    guard: bool,
+) -> None:
+    """Put the operator in front of the product with the values, and use its result."""
+    out = product.outputs[0]
+    mask = joined_mask(ed, softmax, scores, q)
+    rank = len(ed.shape(q) or ())
+    if len(ed.shape(k) or ()) != rank or len(ed.shape(v) or ()) != rank:
+        raise NoMatch("queries, keys and values differ in rank")
+    if scores.per_head is not None:
+        q = ed.emit("Mul", [q, scores.per_head], before=softmax)
+    folded = rank == 3
+    if rank == 3:
+        q, k, v, mask = unfold(ed, softmax, q, k, v, mask)
+    elif rank != 4:
+        raise NoMatch(f"queries of rank {rank}")
+    shapes = [ed.shape(x) for x in (q, k, v)]
+    if any(s is None for s in shapes):
+        raise NoMatch("an operand of unknown shape")
+    lead = [s[:2] for s in shapes if s is not None]
+    if not lead[0] == lead[1] == lead[2]:
+        raise NoMatch(f"queries, keys and values have the leading axes {lead[0]}, {lead[1]} and {lead[2]}")
+    inputs = [q, k, v] if mask is None else [q, k, v, mask]
+    if any(x.dtype != q.dtype for x in (k, v)):
+        raise NoMatch("queries, keys and values differ in type")
+    new = ed.emit("Attention", inputs, {"scale": float(scale)}, before=product, name=product.name)
+    node = new.producer()
+    assert node is not None
+    if guard:
+        node.metadata_props[NAN_GUARD] = "1"
+    if folded:
+        target = ed.shape(out)
+        if target is None:
+            raise NoMatch("the result has no known shape")
+        shape = [d if isinstance(d, int) else 0 if i == 0 and len(target) == 4 else -1 for i, d in enumerate(target)]
+        if shape.count(-1) > 1:
+            # [g, n, e] with g and n unknown: fold the first two axes of [b, h, n, e].
+            new = fold_leading(ed, product, new)
+        else:
+            new = ed.emit("Reshape", [new, ed.ints(shape)], before=product)
+    elif ed.shape(new) != ed.shape(out):
+        raise NoMatch(f"the result is {ed.shape(out)} where Attention gives {ed.shape(new)}")
+    ed.replace(out, new)
+
+
+def fold_leading(ed: Editor, before: ir.Node, value: ir.Value) -> ir.Value:
+    """[b, h, n, e] -> [b * h, n, e] with n unknown: by way of a shape computed at run time."""
+    tail = ed.emit("Shape", [value], {"start": 2, "end": 4}, before=before)
+    target = ed.emit("Concat", [ed.ints([-1]), tail], {"axis": 0}, before=before)
+    return ed.emit("Reshape", [value, target], before=before)
+
+
+def joined_mask(ed: Editor, softmax: ir.Node, scores: Scores, q: ir.Value) -> ir.Value | None:
+    """One mask of rank 2 to 4 out of what was found."""
+    mask: ir.Value | None = None
+    for extra in scores.masks:
+        mask = extra if mask is None else ed.emit("Add", [extra, mask], before=softmax)
+    if scores.keep is not None:
+        if mask is None:
+            mask = scores.keep
+        else:
+            low = ed.like(-math.inf, mask)
+            mask = ed.emit("Where", [scores.keep, mask, low], before=softmax)
+    if mask is None:
+        return None
+    if mask.dtype != ir.DataType.BOOL and mask.dtype != q.dtype:
+        raise NoMatch("the mask's type is not that of the queries")
+    shape = ed.shape(mask)
+    if shape is None:
+        raise NoMatch("a mask of unknown shape")
+    if len(shape) < 2:
+        mask = ed.emit("Unsqueeze", [mask, ed.ints(list(range(2 - len(shape))))], before=softmax)
+    full = ed.shape(scores.product.outputs[0])
+    if broadcast(ed.shape(mask), full) is None:
+        raise NoMatch("the mask does not broadcast to the scores")
+    return mask
+
+
+def unfold(
+    ed: Editor, before: ir.Node, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None
+) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]:
+    """Rank-3 operands as rank 4: the [b, h, n, d] that was folded into [b * h, n, d], or one head."""
+    sources = [unfolded(ed, x) for x in (q, k, v)]
+    shapes = [ed.shape(s) for s in sources]
+    known = [s for s in shapes if s is not None]
+    mask_shape = ed.shape(mask) if mask is not None else ()
+    if len(known) == 3 and known[0][:2] == known[1][:2] == known[2][:2]:
+        heads = known[0][1]
+        if mask is not None and mask_shape is not None and len(mask_shape) == 3 and mask_shape[0] != 1:
+            if not isinstance(heads, int):
+                raise NoMatch("a mask over folded heads whose number is not static")
+            tail = [d if isinstance(d, int) else 0 for d in mask_shape[1:]]
+            if 0 in tail:
+                raise NoMatch("a mask over folded heads whose lengths are not static")
+            mask = ed.emit("Reshape", [mask, ed.ints([-1, heads, *tail])], before=before)
+        a, b, c = sources
+        assert a is not None and b is not None and c is not None
+        return a, b, c, mask
+    axis = ed.ints([1])
+    a, b, c = (ed.emit("Unsqueeze", [x, axis], before=before) for x in (q, k, v))
+    if mask is not None and mask_shape is not None and len(mask_shape) == 3:
+        mask = ed.emit("Unsqueeze", [mask, axis], before=before)
+    return a, b, c, mask
+
+
+def unfolded(ed: Editor, value: ir.Value) -> ir.Value | None:
+    """[b, h, n, d] where value = Reshape of it to [b * h, n, d]; Unsqueeze and scaling between do not matter."""
+    node = ed.made_by(value, "Reshape")
+    if node is not None and folds_heads(ed, node):
+        shape = ed.shape(node.inputs[0])
+        return node.inputs[0] if shape is not None and len(shape) == 4 else None
+    node = ed.made_by(value, "Transpose")
+    if node is not None and list(node.attributes.get_ints("perm", [])) == [0, 2, 1]:
+        # The keys as [b * h, d, m], transposed back by `operands_of`.
+        source = ed.made_by(node.inputs[0], "Reshape")
+        if source is not None and folds_heads(ed, source):
+            shape = ed.shape(source.inputs[0])
+            if shape is not None and len(shape) == 4:
+                return ed.emit("Transpose", [source.inputs[0]], {"perm": [0, 1, 3, 2]}, before=node)
+    return None
