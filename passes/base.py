@@ -1,0 +1,128 @@
+"""What a pass is: a name, typed options, whether it preserves the function, and `run`.
+
+A pass is one class in one file. It reads and edits a `Graph`, never prints, and knows no other pass. The
+manager (`manager.py`) copies, verifies, times and costs around it.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+from .errors import PipelineError
+from .ir.graph import Graph
+from .options import format_value, make_options
+
+# Modules of this package whose import registers passes; read on the first look-up so that
+# `import elision.passes` stays light. A new pass is one row.
+BUILTIN: tuple[str, ...] = ()
+
+_REGISTRY: dict[str, type[Pass]] = {}
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a pass that has none."""
+
+
+@dataclass
+class Outcome:
+    """What a pass did. `changed` is False only if the graph is exactly as it was.
+
+    `declined` is a sentence that says why the pass left the graph alone although it could have changed it;
+    `statistics` are counts (how often each thing fired); `extra` is for callers, kept out of reports.
+    """
+
+    changed: bool = False
+    notes: list[str] = field(default_factory=list)
+    statistics: dict[str, int | float | str] = field(default_factory=dict)
+    declined: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may ask of its surroundings.
+
+    `force`: apply even where no saving is expected. `target`: what will run the graph, "torch" or
+    "onnxruntime". `example_inputs`: tensors or arrays in the order of `graph.inputs`. `want_map`: also put
+    out the composed token map.
+    """
+
+    force: bool = False
+    target: str = "torch"
+    example_inputs: Sequence[Any] | None = None
+    want_map: bool = False
+
+
+class Pass(abc.ABC):
+    """Base of every pass. Keyword arguments are checked against `Options`, a frozen dataclass.
+
+    Raises PipelineError for an unknown option, a wrong type or a value out of range.
+    """
+
+    name: ClassVar[str] = ""
+    exact: ClassVar[bool] = False  # True: the graph computes the same function afterwards
+    reduces: ClassVar[bool] = False  # True: pointless unless the estimated cost falls; see manager.py
+    summary: ClassVar[str] = ""
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, **options: Any) -> None:
+        self.options: Any = make_options(self.name, self.Options, options)
+        self.given: tuple[str, ...] = tuple(options)  # what the text form prints back
+
+    @abc.abstractmethod
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        """Edit `graph` in place. Raises Refused or NothingMatched with a sentence that says why."""
+
+    def key(self) -> str:
+        """The pass and all its options, defaults too: equal keys do the same to the same graph."""
+        kind = type(self)
+        values = " ".join(
+            f"{f.name}={format_value(getattr(self.options, f.name))}" for f in fields(self.options)
+        )
+        return f"{kind.__module__}.{kind.__qualname__}:{self.name}{{{values}}}"
+
+    def __str__(self) -> str:
+        shown = " ".join(f"{name}={format_value(getattr(self.options, name))}" for name in self.given)
+        return f"{self.name}{{{shown}}}" if shown else self.name
+
+    def __repr__(self) -> str:
+        return f"<pass {self}>"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.options == self.options  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+
+PassClass = TypeVar("PassClass", bound=type[Pass])
+
+
+def register(cls: PassClass) -> PassClass:
+    """Class decorator: make the pass known to pipeline texts under its `name`.
+
+    Registering the same class again (a notebook cell run twice) replaces it; two different classes with one
+    name are a PipelineError.
+    """
+    known = _REGISTRY.get(cls.name)
+    if not cls.name:
+        raise PipelineError(f"pass {cls.__qualname__} has no name")
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise PipelineError(
+            f"two passes are called {cls.name!r}: {known.__module__}.{known.__qualname__} "
+            f"and {cls.__module__}.{cls.__qualname__}"
+        )
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def known_passes() -> dict[str, type[Pass]]:
+    """Every registered pass by name, in alphabetical order."""
+    for module in BUILTIN:
+        importlib.import_module(f".{module}", __package__)
+    return dict(sorted(_REGISTRY.items()))
