@@ -1,0 +1,89 @@
+"""Elision: a graph compiler that makes transformers you already have cheaper by computing fewer tokens.
+
+Only names live here. Everything is loaded on first use, so that `import elision` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .passes import testing
+    from .passes.base import NoOptions, Outcome, Pass, PassContext, known_passes, register
+    from .passes.errors import (
+        ElisionError,
+        ModelFileError,
+        NothingMatched,
+        PipelineError,
+        Refused,
+        VerificationError,
+    )
+    from .passes.ir.graph import Graph
+    from .passes.pipeline import format, parse
+    from .runtime.api import Result, export_onnx, optimize
+    from .runtime.session import session
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. "" as the attribute: the module itself.
+_HOMES: dict[str, tuple[str, str]] = {
+    "optimize": (".runtime.api", "optimize"),
+    "export_onnx": (".runtime.api", "export_onnx"),
+    "Result": (".runtime.api", "Result"),
+    "session": (".runtime.session", "session"),
+    "ElisionError": (".passes.errors", "ElisionError"),
+    "Refused": (".passes.errors", "Refused"),
+    "NothingMatched": (".passes.errors", "NothingMatched"),
+    "PipelineError": (".passes.errors", "PipelineError"),
+    "ModelFileError": (".passes.errors", "ModelFileError"),
+    "VerificationError": (".passes.errors", "VerificationError"),
+    "Pass": (".passes.base", "Pass"),
+    "PassContext": (".passes.base", "PassContext"),
+    "Outcome": (".passes.base", "Outcome"),
+    "NoOptions": (".passes.base", "NoOptions"),
+    "register": (".passes.base", "register"),
+    "known_passes": (".passes.base", "known_passes"),
+    "parse": (".passes.pipeline", "parse"),
+    "format": (".passes.pipeline", "format"),
+    "Graph": (".passes.ir.graph", "Graph"),
+    "testing": (".passes.testing", ""),
+}
+
+__all__ = [
+    "ElisionError",
+    "Graph",
+    "ModelFileError",
+    "NoOptions",
+    "NothingMatched",
+    "Outcome",
+    "Pass",
+    "PassContext",
+    "PipelineError",
+    "Refused",
+    "Result",
+    "VerificationError",
+    "__version__",
+    "export_onnx",
+    "format",
+    "known_passes",
+    "optimize",
+    "parse",
+    "register",
+    "session",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'elision' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    loaded = importlib.import_module(module, __name__)
+    value = getattr(loaded, attribute) if attribute else loaded
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,319 @@
+"""The Python front door: optimise a model, keep the result, export to ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..passes.base import Pass, PassContext, known_passes
+from ..passes.errors import ElisionError
+from ..passes.ir.graph import Graph
+from ..passes.pipeline import Passes, parse
+from .files import check_target, write_atomically
+from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
+from .runners import Runner, fx_runner, onnx_runner
+
+Notify = Callable[[str], None]
+"""Told the name of each step before it starts, for progress displays."""
+
+
+@dataclass
+class Result:
+    """An optimised model.
+
+    `graph` is the final graph view, `report` the pass manager's report (what each pass did, cost, drift). A
+    torch result has `.module` (trainable, shares the original parameters), an ONNX result has `.model`."""
+
+    graph: Graph
+    report: Any
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, repr=False)
+    source: str = ""
+    _module: Any = field(default=None, repr=False)
+
+    @property
+    def module(self) -> Any:
+        """The optimised torch module, with the call signature of the original."""
+        if self.graph.host != "fx":
+            raise AttributeError("an ONNX result has .model, not .module")
+        if self._module is None:
+            self._module = self.graph.to_module()  # type: ignore[attr-defined]
+        return self._module
+
+    @property
+    def model(self) -> Any:
+        """The optimised onnx.ModelProto. Raises ModelFileError above 2 GB: use save() there."""
+        if self.graph.host != "onnx":
+            raise AttributeError("a torch result has .module, not .model")
+        from ..passes.onnx import io
+
+        return io.to_proto(self.graph.model)  # type: ignore[attr-defined]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result, whole or not at all: an .onnx file, or a .pt2 file of torch.export.
+
+        Raises ElisionError when the folder is missing or not writable, or the suffix says something else."""
+        file = Path(path)
+        if self.graph.host == "onnx":
+            from ..passes.onnx import io
+
+            if file.suffix == ".pt2":
+                raise ElisionError(f"{file}: an ONNX result is saved as .onnx")
+            io.save_model(self.graph.model, file)  # type: ignore[attr-defined]
+            return file
+        if file.suffix != ".pt2":
+            raise ElisionError(
+                f"{file}: a torch result is saved as .pt2 (elision.export_onnx writes ONNX files)"
+            )
+        if self.example is None:
+            raise ElisionError("saving a torch result takes the example_inputs it was made with")
+        import torch
+
+        check_target(file)
+        with _quietly("the result cannot be exported"):
+            program = self.graph.to_export(*self.example)  # type: ignore[attr-defined]
+        return write_atomically(file, lambda temporary: torch.export.save(program, temporary))
+
+
+def optimize(
+    target: Any,
+    passes: Passes = "",
+    example_inputs: Any = None,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    dynamic_shapes: Any = None,
+    token_map: bool = False,
+    notify: Notify | None = None,
+) -> Result:
+    """Run `passes` over a model and return the result; the model itself stays as it was.
+
+    target: an nn.Module, GraphModule or ExportedProgram, the path of an ONNX file, or an onnx.ModelProto.
+    passes: a pipeline text ("token-merge{r=16}"), a pass, or a list of passes.
+    example_inputs: a tuple or list (positions), a dict (names), or one tensor. Modules need them; ONNX
+        models use them for the numeric check and make some up where their inputs' shapes allow.
+    force: apply passes even where they expect no saving. verify: check structure, shapes and numerics after
+        every pass. dynamic_shapes: as in torch.export. token_map: also put out the composed token map.
+    notify: told of each step before it starts.
+
+    Raises ElisionError: Refused when a pass finds the graph unsafe, NothingMatched when it finds nothing to
+    do, PipelineError, ModelFileError, VerificationError for the rest. An error from a pass carries
+    `reproducer`, plain data that `elision.runtime.reproduce.write` makes a file of.
+    """
+    tell = notify or (lambda _step: None)
+    pipeline = parse(passes)
+    tell("reading the model")
+    if is_onnx(target):
+        graph, feeds, source = open_onnx(target), None, _source(target)
+        if example_inputs is not None:
+            feeds = feeds_for(graph, example_inputs)
+        elif verify:
+            feeds = made_up_feeds(graph)
+        runner = _tolerant(graph, feeds, given=example_inputs is not None) if verify else None
+        context_inputs = list(feeds.values()) if feeds else None
+        example = None
+        pipeline = with_normalise(pipeline)
+    else:
+        graph, example = open_torch(target, example_inputs, dynamic_shapes)
+        source = type(target).__name__
+        runner = fx_runner(*example) if verify and example is not None else None
+        context_inputs = _flat_tensors(example) if example is not None else None
+    context = PassContext(
+        force=force,
+        target="onnxruntime" if graph.host == "onnx" else "torch",
+        example_inputs=context_inputs,
+        want_map=token_map,
+    )
+    report = run_passes(graph, pipeline, context, runner, verify, tell)
+    return Result(report.graph, report, example, source)
+
+
+def run_passes(
+    graph: Graph,
+    pipeline: list[Pass],
+    context: PassContext,
+    runner: Runner | None,
+    verify: bool,
+    tell: Notify,
+) -> Any:
+    """The pass manager, with its progress told as text."""
+    from ..passes.manager import run_pipeline
+
+    def progress(index: int, count: int, single: Pass) -> None:
+        tell(f"pass {index + 1} of {count}: {single.name}")
+
+    return run_pipeline(graph, pipeline, context=context, runner=runner, verify=verify, progress=progress)
+
+
+def export_onnx(
+    module: Any,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    passes: Passes = "",
+    dynamic_shapes: Any = None,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    token_map: bool = False,
+    notify: Notify | None = None,
+) -> Result:
+    """Export a torch module with torch.onnx.export(dynamo=True), run `passes` on the ONNX graph, write
+    `path`.
+
+    Plain onnxruntime runs the file; it needs no library of ours. Arguments as in `optimize`. Nothing is
+    written when anything fails. Raises ElisionError."""
+    import torch
+
+    tell = notify or (lambda _step: None)
+    pipeline = parse(passes)
+    file = check_target(path)
+    args, kwargs = split_inputs(example_inputs)
+    tell("exporting to ONNX")
+    with _quietly("the module cannot be exported with these example inputs"):
+        program = torch.onnx.export(
+            module, args, kwargs=kwargs or None, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
+        )
+    if program is None:
+        raise ElisionError("torch.onnx.export gave no model")
+    from ..passes.ir.onnx import OnnxGraph
+
+    graph = OnnxGraph(program.model)
+    feeds = _export_feeds(graph, args, kwargs) if verify else None
+    runner = onnx_runner(feeds) if feeds else None
+    context = PassContext(force, "onnxruntime", list(feeds.values()) if feeds else None, token_map)
+    report = run_passes(graph, with_normalise(pipeline), context, runner, verify, tell)
+    result = Result(report.graph, report, None, type(module).__name__)
+    tell("writing the file")
+    result.save(file)
+    return result
+
+
+def _export_feeds(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The example inputs under the names the exporter gave them; its inputs are the tensors, in order."""
+    tensors = _flat_tensors((args, kwargs))
+    return feeds_for(graph, tensors) if len(tensors) == len(graph.inputs) else None
+
+
+# ---- reading targets -----------------------------------------------------------------------------------
+def is_onnx(target: Any) -> bool:
+    """A path, a ModelProto or an onnx_ir.Model; decided without importing what the target is not."""
+    if isinstance(target, str | os.PathLike):
+        return True
+    module = type(target).__module__.split(".")[0]
+    return type(target).__name__ in ("ModelProto", "Model") and module in ("onnx", "onnx_ir")
+
+
+def _source(target: Any) -> str:
+    return str(target) if isinstance(target, str | os.PathLike) else type(target).__name__
+
+
+def open_onnx(target: Any) -> Any:
+    """The graph view of a path, ModelProto or onnx_ir.Model (which is copied). Raises ModelFileError."""
+    from ..passes.ir.onnx import OnnxGraph
+    from ..passes.onnx import io
+
+    if isinstance(target, str | os.PathLike):
+        model = io.load_model(target)
+    elif type(target).__name__ == "ModelProto":
+        model = io.from_proto(target)
+    else:
+        model = target.clone()
+    try:
+        return OnnxGraph(model)
+    except ElisionError:
+        raise
+    except Exception as error:
+        raise ElisionError(f"{_source(target)}: the model cannot be read ({first_line(error)})") from error
+
+
+def open_torch(
+    target: Any, example_inputs: Any, dynamic_shapes: Any = None
+) -> tuple[Any, tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    """The graph view of a module or exported program, and its example arguments. Raises ElisionError."""
+    import torch
+
+    from ..passes.ir.fx import FxGraph
+
+    example = None if example_inputs is None else split_inputs(example_inputs)
+    if isinstance(target, torch.export.ExportedProgram):
+        example = example or target.example_inputs
+        with _quietly("the exported program cannot be read"):
+            return FxGraph.from_export(target), example
+    if not isinstance(target, torch.nn.Module):
+        kind = type(target).__name__
+        raise ElisionError(
+            f"cannot optimise a {kind}: give an nn.Module, GraphModule, ExportedProgram, path or ModelProto"
+        )
+    if isinstance(target, torch.fx.GraphModule) and _has_values(target):
+        with _quietly("the graph cannot be read"):
+            return FxGraph.from_module(target), example
+    if example is None:
+        raise ElisionError("example_inputs are needed to trace a torch module")
+    module = getattr(target, "_orig_mod", target)  # a torch.compile wrapper: the module inside
+    with _quietly("the module cannot be traced with these example inputs"):
+        return FxGraph.trace(module, example[0], example[1] or None, dynamic_shapes), example
+
+
+def _has_values(module: Any) -> bool:
+    """Whether a GraphModule was traced at the ATen level, with fake values on its nodes."""
+    nodes = list(module.graph.nodes)
+    return all("val" in n.meta for n in nodes if n.op == "placeholder") and not any(
+        n.op in ("call_module", "call_method") for n in nodes
+    )
+
+
+def with_normalise(pipeline: list[Pass]) -> list[Pass]:
+    """Other people's files are brought to one form first; a pipeline that says so itself is left alone."""
+    if "normalise" not in known_passes() or any(single.name == "normalise" for single in pipeline):
+        return pipeline
+    return [*parse("normalise"), *pipeline]
+
+
+def _flat_tensors(example: Any) -> list[Any]:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    return [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+
+
+def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
+    """A runner, or None where made-up inputs do not run: inputs that the user gave must."""
+    if feeds is None:
+        return None
+    runner = onnx_runner(feeds)
+    try:
+        runner(graph)
+    except ElisionError:
+        if given:
+            raise
+        logging.getLogger("elision").info("made-up inputs do not run; give example inputs to check numerics")
+        return None
+    return runner
+
+
+@contextlib.contextmanager
+def _quietly(what: str) -> Iterator[None]:
+    """Exporters warn and log a lot; what stops them is told in one line."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ElisionError:
+        raise
+    except Exception as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ElisionError(f"{what}: {first_line(cause)}") from error
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -1,0 +1,82 @@
+"""Running a graph on example inputs, for the pass manager's numeric check."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..passes.errors import ElisionError, VerificationError
+from ..passes.ir.graph import Graph
+from .inputs import first_line
+
+Runner = Callable[[Graph], list[np.ndarray]]
+
+
+def fx_runner(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Runner:
+    """Runs an FxGraph eagerly, without gradients, random numbers the same every time."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    def run(graph: Graph) -> list[np.ndarray]:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                # Copies: a model may write into its inputs.
+                copies = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
+                result = graph.run(*copies[0], **copies[1])  # type: ignore[attr-defined]
+            except Exception as error:
+                raise VerificationError(f"the graph does not run: {first_line(error)}") from error
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        return [_plain(leaf) for leaf in leaves]
+
+    return run
+
+
+def _plain(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def onnx_runner(feeds: Mapping[str, np.ndarray]) -> Runner:
+    """Runs an OnnxGraph in plain ONNX Runtime on the CPU."""
+
+    def run(graph: Graph) -> list[np.ndarray]:
+        try:
+            found = run_model(graph.model, feeds)  # type: ignore[attr-defined]
+        except ElisionError:
+            raise
+        except Exception as error:
+            raise VerificationError(f"onnxruntime does not run the graph: {first_line(error)}") from error
+        return [np.asarray(item) for item in found]
+
+    return run
+
+
+def run_model(model: Any, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+    """One run of an onnx_ir model. Above protobuf's limit the model goes through a temporary folder."""
+    from ..passes.onnx import io
+
+    session: Any
+    if io.weight_bytes(model) <= io.PROTOBUF_LIMIT:
+        session = plain_session(io.to_proto(model).SerializeToString())
+        return session.run(None, dict(feeds))
+    with tempfile.TemporaryDirectory(prefix="elision-") as folder:
+        path = Path(folder) / "model.onnx"
+        io.save_model(model, path)
+        session = plain_session(str(path))
+        return session.run(None, dict(feeds))
+
+
+def plain_session(model: str | bytes) -> Any:
+    """A quiet CPU session with no library of ours."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
