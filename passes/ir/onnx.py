@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Refused
-from . import onnx_check, onnx_lengths, onnx_text
+from . import onnx_check, onnx_dialect, onnx_lengths, onnx_text
 from .graph import Graph, Op, Value
 from .onnx_kinds import classify
 from .onnx_shapes import ShapeEnv, constant_tensor, numpy_dtype
@@ -71,20 +71,22 @@ class OnnxGraph(Graph):
         facts = classify(self.env, node)
         op = self._by_node.get(node)
         if op is None:
-            target = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            target = target_of(node)
             op = Op(facts.kind, target, node.name or node.outputs[0].name or "", [], [], raw=node)
             self._by_node[node] = op
         for value in op.inputs:
             if value is not None:
                 value.users = [(user, i) for user, i in value.users if user is not op]
         raws = [node.inputs[i] if i < len(node.inputs) else None for i in facts.operands]
-        while raws and raws[-1] is None:
+        while raws and raws[-1] is None:  # an absent operand at the end
             raws.pop()
         op.kind, op.attrs = facts.kind, facts.attrs
         op.inputs = [None if r is None else self._value(r) for r in raws]
         op.shape_inputs = [
             self._value(r) for r in (node.inputs[i] for i in facts.shape_operands) if r is not None
         ]
+        captured = captured_values(node)
+        op.inputs += [self._value(r) for r in captured]
         op.outputs = [self._value(out) for out in node.outputs]
         for index, value in enumerate(op.outputs):
             value.producer, value.index = op, index
@@ -136,19 +138,15 @@ class OnnxGraph(Graph):
 
     # ---- editing -------------------------------------------------------------------------------------
     def insert(
-        self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any] | None = None, *, after: Op | None
+        self,
+        op: str,
+        inputs: Sequence[Value | None],
+        attrs: dict[str, Any] | None = None,
+        *,
+        after: Op | None,
     ) -> list[Value]:
-        from ...kernels import OPS
-
-        if op not in OPS:
-            raise Refused(f"{op!r} is not an op of the dialect")
-        definition = OPS[op]
-        given = attrs or {}
         raws = [None if v is None else v.raw for v in inputs]
-        shapes = [None if v is None else v.shape for v in inputs]
-        count = len(definition.output_shapes(shapes, given))
-        self._ensure_function(op, list(inputs), given)
-        return self.insert_node(op, raws, given, after=after, domain="elision", num_outputs=count)
+        return self._place(onnx_dialect.make_node(self.model, op, raws, attrs or {}), after, None)
 
     def insert_node(
         self,
@@ -163,9 +161,13 @@ class OnnxGraph(Graph):
     ) -> list[Value]:
         """Insert any ONNX node after `after`; the host's own way, for helpers of this adapter."""
         node = ir.node(op_type, inputs, attrs or None, domain=domain, num_outputs=num_outputs)
-        node.name = self.unique_name(op_type)
+        return self._place(node, after, names)
+
+    def _place(self, node: ir.Node, after: Op | None, names: Sequence[str] | None) -> list[Value]:
+        """Put a new node and its op right after `after`, with names for it and its outputs."""
+        node.name = self.unique_name(node.op_type)
         for i, out in enumerate(node.outputs):
-            base = names[i] if names else f"{node.name}_out" + (f"_{i}" if num_outputs > 1 else "")
+            base = names[i] if names else f"{node.name}_out" + (f"_{i}" if len(node.outputs) > 1 else "")
             out.name = self.unique_name(base)
         graph = self.model.graph
         if after is not None:
@@ -184,12 +186,6 @@ class OnnxGraph(Graph):
         self.ops.insert(position, made)
         return made.outputs
 
-    def _ensure_function(self, op: str, inputs: list[Value | None], attrs: dict[str, Any]) -> None:
-        """Put the op's function body into the model, so that any runtime can run the file."""
-        from .onnx_dialect import add_function
-
-        add_function(self.model, op)
-
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         unique = self.unique_name(name)
         tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
@@ -202,7 +198,8 @@ class OnnxGraph(Graph):
     def set_operand(self, op: Op, index: int, value: Value) -> None:
         slots = self._slots[op]
         if index >= len(slots):
-            raise Refused(f"{op.target} '{op.name}' has no operand {index}")
+            what = "reads it from inside a body" if index < len(op.inputs) else f"has no operand {index}"
+            raise Refused(f"{op.target} '{op.name}' {what}")
         node: ir.Node = op.raw
         slot = slots[index]
         if slot >= len(node.inputs):
@@ -294,3 +291,30 @@ class OnnxGraph(Graph):
 
 def is_constant_node(node: ir.Node | None) -> bool:
     return node is not None and node.op_type == "Constant" and node.domain in ("", "ai.onnx")
+
+
+def target_of(node: ir.Node) -> str:
+    """The host's own name of what a node does; for a dialect node the op, whichever function says it."""
+    if node.domain == onnx_dialect.DOMAIN:
+        return f"{node.domain}.{node.metadata_props.get(onnx_dialect.OP, node.op_type)}"
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def captured_values(node: ir.Node) -> list[ir.Value]:
+    """Values of the outer graph that the bodies of an If, Loop or Scan read."""
+    found: dict[ir.Value, None] = {}
+    for attr in node.attributes.values():
+        if not isinstance(attr, ir.Attr) or attr.type not in (
+            ir.AttributeType.GRAPH,
+            ir.AttributeType.GRAPHS,
+        ):
+            continue
+        for body in attr.as_graphs() if attr.type == ir.AttributeType.GRAPHS else [attr.as_graph()]:
+            for inner in body.all_nodes():
+                for value in inner.inputs:
+                    if value is not None and value.graph is node.graph:
+                        found[value] = None
+            for value in body.outputs:
+                if value.graph is node.graph:
+                    found[value] = None
+    return list(found)

@@ -36,7 +36,9 @@ def structure(graph: OnnxGraph) -> None:
     for node in model:
         for value in node.inputs:
             if value is not None and value not in seen:
-                raise VerificationError(f"{node.op_type} '{node.name}' reads %{value.name} before it is computed")
+                raise VerificationError(
+                    f"{node.op_type} '{node.name}' reads %{value.name} before it is computed"
+                )
         for out in node.outputs:
             seen.add(out)
             if out.name and names.setdefault(out.name, out) is not out:
@@ -50,7 +52,9 @@ def structure(graph: OnnxGraph) -> None:
 
 def shapes(graph: OnnxGraph) -> None:
     """Infer everything again from the inputs, and compare."""
-    declared: dict[ir.Value, ir.Shape | None] = {out: out.shape for n in graph.model.graph for out in n.outputs}
+    declared: dict[ir.Value, ir.Shape | None] = {
+        out: out.shape for n in graph.model.graph for out in n.outputs
+    }
     fresh = ShapeEnv(graph.model)
     fresh.trust_declared = graph.env.trust_declared
     fresh.run()
@@ -67,7 +71,9 @@ def shapes(graph: OnnxGraph) -> None:
         if op.raw.op_type == "Reshape" and op.raw.domain == "":
             x, y = fresh.shape(op.raw.inputs[0]), fresh.shape(op.raw.outputs[0])
             if x is not None and y is not None and not same_count(x, y):
-                raise VerificationError(f"Reshape '{op.name}' makes {list(y)} of {list(x)}: the elements do not fit")
+                raise VerificationError(
+                    f"Reshape '{op.name}' makes {list(y)} of {list(x)}: the elements do not fit"
+                )
 
 
 def same(a: Shape, b: Shape) -> bool:
@@ -85,8 +91,15 @@ def onnx_checker(graph: OnnxGraph) -> None:
     proto = light_proto(graph.model)
     try:
         onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "the model is not valid")
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        first = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), "the model is not valid"
+        )
         raise VerificationError(f"onnx's checker: {first}") from error
 
 

@@ -61,7 +61,8 @@ def each(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
     """Apply `function` element by element, broadcasting; None wherever an operand is None."""
     parts = np.broadcast_arrays(*arrays)
     flat = [
-        None if any(x is None for x in row) else function(*row) for row in zip(*(list(p.ravel()) for p in parts))
+        None if any(x is None for x in row) else function(*row)
+        for row in zip(*(list(p.ravel()) for p in parts))
     ]
     return pack(flat, parts[0].shape)
 

@@ -1,24 +1,110 @@
-"""Dialect ops in a model: their function bodies, taken from the definitions in `kernels`."""
+"""Dialect ops in a model: nodes that call function bodies made by the definitions in `kernels`.
+
+A body depends on the ranks and element types of its operands, so one op may bring several functions into a model.
+What the op was asked for stands in the node's metadata: the function declares only the attributes that its
+body reads, and a file that was saved and read again must still be understood.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from ..errors import Refused
+from .graph import Shape
+from .onnx_shapes import ShapeEnv, numpy_dtype
+
 DOMAIN = "elision"
+OP, ATTRIBUTES = "elision.op", "elision.attributes"
+"""Metadata keys of a dialect node: the op's name, and its attributes as JSON."""
+
+OLDEST = 18
+"""The first operator set in which the function bodies are written."""
 
 
-def add_function(model: ir.Model, op: str) -> None:
-    """Add the FunctionProto of dialect op `op` (and of the dialect ops its body calls) to `model`, once."""
+def definition(name: str) -> Any:
+    """The op's one definition. Raises Refused when the dialect has no such op."""
     from ...kernels import OPS
 
-    if any(f.domain == DOMAIN and f.name == op for f in model.functions.values()):
-        return
-    function = OPS[op].onnx_function()
-    if isinstance(function, onnx.FunctionProto):
-        function = ir.from_proto(function)
-    model.functions[function.identifier()] = function
+    if name not in OPS:
+        raise Refused(f"{name!r} is not an op of the dialect")
+    return OPS[name]
+
+
+def make_node(model: ir.Model, op: str, inputs: Sequence[ir.Value | None], attrs: dict[str, Any]) -> ir.Node:
+    """A node of dialect op `op` (outputs nameless), whose function body is put into `model` where it is missing.
+
+    Raises Refused when the op is unknown or the model's operator set is too old for the bodies.
+    """
+    found = definition(op)
+    opset = model.opset_imports.get("", 0)
+    if opset < OLDEST:
+        raise Refused(f"the model's operator set {opset} is older than {OLDEST}, which {op} needs")
+    signature: list[tuple[int, int] | None] = []
+    for value in inputs:
+        if value is None:
+            signature.append(None)
+            continue
+        if value.shape is None or value.dtype is None:
+            raise Refused(f"{op} needs the rank and type of %{value.name}, which are not known")
+        signature.append((len(value.shape), int(value.dtype)))
+    proto = found.onnx_function(signature, attrs, opset)
+    add_function(model, proto)
+    declared = {*proto.attribute, *(a.name for a in proto.attribute_proto)}
+    node = ir.node(
+        proto.name,
+        list(inputs),
+        {k: v for k, v in attrs.items() if k in declared} or None,
+        domain=DOMAIN,
+        overload=proto.overload,
+        num_outputs=len(proto.output),
+    )
+    node.metadata_props[OP] = op
+    node.metadata_props[ATTRIBUTES] = json.dumps(attrs, sort_keys=True)
+    return node
+
+
+def add_function(model: ir.Model, proto: onnx.FunctionProto) -> None:
+    """Add a function to the model, once; the operator sets it needs are declared."""
+    key = (proto.domain, proto.name, proto.overload)
+    if key not in model.functions:
+        function = ir.from_proto(proto)
+        model.functions[key] = function
     model.opset_imports.setdefault(DOMAIN, 1)
-    for node in function:
-        if node.domain == DOMAIN:
-            add_function(model, node.op_type)
+    model.ir_version = max(model.ir_version or 10, 10)  # the first with overloads and metadata
+
+
+def op_and_attributes(node: ir.Node) -> tuple[str, dict[str, Any]]:
+    """The dialect op of a node and what it was asked for."""
+    attrs: dict[str, Any] = {
+        name: attr.value for name, attr in node.attributes.items() if isinstance(attr, ir.Attr)
+    }
+    attrs.update(json.loads(node.metadata_props.get(ATTRIBUTES, "{}")))
+    return node.metadata_props.get(OP, node.op_type), attrs
+
+
+def shapes_of(env: ShapeEnv, node: ir.Node) -> list[Shape | None] | None:
+    """Output shapes from the op's definition; None for an op of our domain that this version does not know."""
+    from ...kernels import OPS
+
+    name, attrs = op_and_attributes(node)
+    if name not in OPS:
+        return None
+    shapes = [None if v is None else env.need(v) for v in node.inputs]
+    return [tuple(shape) for shape in OPS[name].output_shapes(shapes, attrs)]
+
+
+def dtypes_of(node: ir.Node) -> list[ir.DataType | None]:
+    """Element types of the outputs, from the op's definition."""
+    from ...kernels import OPS
+
+    name, attrs = op_and_attributes(node)
+    if name not in OPS:
+        return [out.dtype for out in node.outputs]
+    names = OPS[name].output_dtypes([None if v is None else numpy_dtype(v.dtype) for v in node.inputs], attrs)
+    back = {"float32": "FLOAT", "float64": "DOUBLE"}
+    return [ir.DataType[back.get(n, n.upper())] for n in names]

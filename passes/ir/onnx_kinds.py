@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from .onnx_dialect import op_and_attributes
 from .onnx_shape_rules import axes_operand, axis_of
 from .onnx_shapes import MALFORMED, ShapeEnv, constant_tensor, numpy_dtype
 
@@ -23,7 +24,9 @@ INT_MAX = 2**31 - 1
 class Facts:
     kind: str
     attrs: dict[str, Any] = field(default_factory=dict)
-    operands: list[int] = field(default_factory=list)  # positions among the node's inputs; may lie past the end
+    operands: list[int] = field(
+        default_factory=list
+    )  # positions among the node's inputs; may lie past the end
     shape_operands: list[int] = field(default_factory=list)
 
 
@@ -51,11 +54,13 @@ def unknown(node: ir.Node, why: str) -> Facts:
 def classify(env: ShapeEnv, node: ir.Node) -> Facts:
     """The canonical kind of a node."""
     if node.domain == "elision":
-        attrs = {name: attr.value for name, attr in node.attributes.items()}
-        return Facts("elision", attrs, everything(node))
+        name, attrs = op_and_attributes(node)
+        return Facts("elision", {**attrs, "op": name}, everything(node))
     known = ROWS.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
     if known is None:
-        return unknown(node, f"{node.domain or 'ai.onnx'} operator {node.op_type} has no row in the table of kinds")
+        return unknown(
+            node, f"{node.domain or 'ai.onnx'} operator {node.op_type} has no row in the table of kinds"
+        )
     try:
         return known(env, node)
     except MALFORMED as error:
@@ -72,12 +77,7 @@ PLAIN_NAMES = {
     "Clip": "clamp", "PRelu": "prelu", "CastLike": "cast", "QuantizeLinear": "quantize",
     "DequantizeLinear": "dequantize", "FastGelu": "gelu", "BiasGelu": "gelu", "QuickGelu": "quick_gelu",
 }  # fmt: skip
-UNARY_AND_BROADCAST = (
-    "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast Ceil "
-    "Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish IsInf IsNaN "
-    "LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu "
-    "Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor CastLike"
-).split()
+UNARY_AND_BROADCAST = ["Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "IsInf", "IsNaN", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Where", "Xor", "CastLike"]
 
 
 def plain(op_type: str) -> str:
@@ -121,7 +121,11 @@ def _quantize(env: ShapeEnv, node: ir.Node) -> Facts:
 @row("MatMul")
 def _matmul(env: ShapeEnv, node: ir.Node) -> Facts:
     a, b = env.need(node.inputs[0]), env.need(node.inputs[1])
-    if len(b) == 2 and constant_tensor(node.inputs[1]) is not None and constant_tensor(node.inputs[0]) is None:
+    if (
+        len(b) == 2
+        and constant_tensor(node.inputs[1]) is not None
+        and constant_tensor(node.inputs[0]) is None
+    ):
         return Facts("linear", {"transposed": False}, [0, 1])
     if len(a) < 2 or len(b) < 2:
         return unknown(node, "MatMul with a vector")
@@ -147,7 +151,12 @@ def _einsum(env: ShapeEnv, node: ir.Node) -> Facts:
     terms = left.split(",")
     if len(terms) == 2 and all(len(t) >= 2 for t in (*terms, right)):
         (*batch, m, k), (*batch2, k2, n) = terms
-        if batch == batch2 and k == k2 and right == "".join(batch) + m + n and len({m, k, n, *batch}) == len(batch) + 3:
+        if (
+            batch == batch2
+            and k == k2
+            and right == "".join(batch) + m + n
+            and len({m, k, n, *batch}) == len(batch) + 3
+        ):
             return Facts("matmul", {}, [0, 1])
     return unknown(node, f"Einsum {equation} is not a plain matrix product")
 
@@ -157,7 +166,10 @@ def _attention(env: ShapeEnv, node: ir.Node) -> Facts:
     q = env.need(node.inputs[0])
     if len(q) != 4:
         return unknown(node, "Attention over packed heads (normalise splits them)")
-    if any(v is not None for v in node.inputs[4:]) or sum(bool(o.uses()) or i == 0 for i, o in enumerate(node.outputs)) > 1:
+    if (
+        any(v is not None for v in node.inputs[4:])
+        or sum(bool(o.uses()) or i == 0 for i, o in enumerate(node.outputs)) > 1
+    ):
         return unknown(node, "Attention with a cache or with its scores as an output")
     if node.attributes.get_float("softcap", 0.0):
         return unknown(node, "Attention with soft-capped scores")
@@ -176,11 +188,21 @@ def _layer_norm(env: ShapeEnv, node: ir.Node) -> Facts:
     rank = len(env.need(node.inputs[0]))
     axis = axis_of(node, rank, -1)
     fn = "layer_norm" if node.op_type == "LayerNormalization" else "rms_norm"
-    attrs = {"axes": tuple(range(axis, rank)), "fn": fn, "epsilon": node.attributes.get_float("epsilon", 1e-5)}
+    attrs = {
+        "axes": tuple(range(axis, rank)),
+        "fn": fn,
+        "epsilon": node.attributes.get_float("epsilon", 1e-5),
+    }
     return Facts("norm", attrs, everything(node))
 
 
-@row("GroupNormalization", "InstanceNormalization", "BatchNormalization", "MeanVarianceNormalization", "LpNormalization")
+@row(
+    "GroupNormalization",
+    "InstanceNormalization",
+    "BatchNormalization",
+    "MeanVarianceNormalization",
+    "LpNormalization",
+)
 def _other_norms(env: ShapeEnv, node: ir.Node) -> Facts:
     rank = len(env.need(node.inputs[0]))
     axes = {
@@ -191,7 +213,8 @@ def _other_norms(env: ShapeEnv, node: ir.Node) -> Facts:
         "LpNormalization": (node.attributes.get_int("axis", -1) % rank,),
     }[node.op_type]
     fn = {"GroupNormalization": "group_norm", "InstanceNormalization": "instance_norm"}.get(
-        node.op_type, {"BatchNormalization": "batch_norm", "LpNormalization": "normalize"}.get(node.op_type, "mvn")
+        node.op_type,
+        {"BatchNormalization": "batch_norm", "LpNormalization": "normalize"}.get(node.op_type, "mvn"),
     )
     return Facts("norm", {"axes": axes, "fn": fn}, everything(node))
 
@@ -415,7 +438,15 @@ def _size(env: ShapeEnv, node: ir.Node) -> Facts:
     return Facts("size", {"axis": None, "axes": tuple(range(len(env.need(node.inputs[0]))))}, [0])
 
 
-@row("Range", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike")
+@row(
+    "Range",
+    "ConstantOfShape",
+    "EyeLike",
+    "RandomNormal",
+    "RandomUniform",
+    "RandomNormalLike",
+    "RandomUniformLike",
+)
 def _create(env: ShapeEnv, node: ir.Node) -> Facts:
     fn = {"Range": "arange", "ConstantOfShape": "full", "EyeLike": "eye"}.get(node.op_type, "random")
     return Facts("create", {"fn": fn}, [], everything(node))

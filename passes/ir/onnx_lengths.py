@@ -100,7 +100,8 @@ def _reshape(graph: OnnxGraph, op: Op, axis: int, like: Value, like_axis: int) -
         node.attributes.pop("allowzero", None)
         zero = True
     parts: list[Any] = [
-        d if isinstance(d, int) else 0 if zero and i < len(x) and x[i] == d else None for i, d in enumerate(dims)
+        d if isinstance(d, int) else 0 if zero and i < len(x) and x[i] == d else None
+        for i, d in enumerate(dims)
     ]
     old = graph.env.ints(node.inputs[1])
     open_axes = [i for i, p in enumerate(parts) if p is None]
@@ -141,7 +142,11 @@ def _expand(graph: OnnxGraph, op: Op, axis: int, like: Value, like_axis: int) ->
 def _full(graph: OnnxGraph, op: Op, axis: int, like: Value, like_axis: int) -> None:
     dims = wanted(op, axis, like, like_axis)
     parts: list[Any] = [
-        d if isinstance(d, int) else length_node(graph, op, like, like_axis) if i == axis else element(graph, op, 0, i)
+        d
+        if isinstance(d, int)
+        else length_node(graph, op, like, like_axis)
+        if i == axis
+        else element(graph, op, 0, i)
         for i, d in enumerate(dims)
     ]
     vector(graph, op, parts, 0)
@@ -211,4 +216,6 @@ def _tile(graph: OnnxGraph, op: Op, axis: int, like: Value, like_axis: int) -> N
 
 
 def _split(graph: OnnxGraph, op: Op, axis: int, like: Value, like_axis: int) -> None:
-    raise Refused(f"Split '{op.name}' cuts axis {axis} into parts of {op.attrs.get('sizes')}; their new lengths are not known")
+    raise Refused(
+        f"Split '{op.name}' cuts axis {axis} into parts of {op.attrs.get('sizes')}; their new lengths are not known"
+    )

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import sympy
 
+from . import onnx_dialect
 from .graph import Dim, Shape, product
 from .onnx_shapes import ShapeEnv, broadcast, broadcast_dim, dim, floor_div, infer_with_onnx, quotient
 
@@ -37,20 +38,8 @@ def shapes_of(env: ShapeEnv, node: ir.Node) -> Shapes | None:
     if known is not None:
         return known(env, node)
     if node.domain == "elision":
-        return dialect_shapes(env, node)
+        return onnx_dialect.shapes_of(env, node)
     return infer_with_onnx(env, node)
-
-
-def dialect_shapes(env: ShapeEnv, node: ir.Node) -> Shapes | None:
-    """Shapes of our own ops, from their one definition."""
-    from ...kernels import OPS
-
-    definition = OPS.get(node.op_type)
-    if definition is None:
-        return None
-    attrs = {name: attr.value for name, attr in node.attributes.items()}
-    shapes = [None if v is None else env.need(v) for v in node.inputs]
-    return [tuple(s) for s in definition.output_shapes(shapes, attrs)]
 
 
 # ---- element types -----------------------------------------------------------------------------------
@@ -61,7 +50,7 @@ def dtypes_of(node: ir.Node) -> list[ir.DataType | None]:
     """Element types of the outputs, from the operator's schema and its operands."""
     nothing: list[ir.DataType | None] = [None] * len(node.outputs)
     if node.domain == "elision":
-        return dialect_dtypes(node)
+        return onnx_dialect.dtypes_of(node)
     if node.domain not in ("", "ai.onnx"):
         first = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
         return [out.dtype or (first if i == 0 else None) for i, out in enumerate(node.outputs)]
@@ -90,7 +79,7 @@ def dtypes_of(node: ir.Node) -> list[ir.DataType | None]:
     return out
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def schema_types(op_type: str) -> tuple[list[str], list[str | ir.DataType]] | None:
     """The names of an operator's type variables per operand, and per output a variable or its only type."""
     try:
@@ -101,28 +90,15 @@ def schema_types(op_type: str) -> tuple[list[str], list[str | ir.DataType]] | No
     formals = [formal.type_str for formal in schema.inputs]
     results: list[str | ir.DataType] = []
     for formal in schema.outputs:
-        choices = [formal.type_str] if formal.type_str.startswith("tensor(") else allowed.get(formal.type_str, [])
+        choices = (
+            [formal.type_str] if formal.type_str.startswith("tensor(") else allowed.get(formal.type_str, [])
+        )
         if len(choices) == 1 and choices[0].startswith("tensor("):
             name = choices[0][7:-1]
             results.append(ir.DataType[{"float": "FLOAT", "double": "DOUBLE"}.get(name, name.upper())])
         else:
             results.append(formal.type_str)
     return formals, results
-
-
-def dialect_dtypes(node: ir.Node) -> list[ir.DataType | None]:
-    """Element types of our own ops' outputs, from their one definition."""
-    from ...kernels import OPS
-
-    definition = OPS.get(node.op_type)
-    if definition is None:
-        return [None] * len(node.outputs)
-    from .onnx_shapes import numpy_dtype
-
-    attrs = {name: attr.value for name, attr in node.attributes.items()}
-    names = definition.output_dtypes([None if v is None else numpy_dtype(v.dtype) for v in node.inputs], attrs)
-    back = {"float32": "FLOAT", "float64": "DOUBLE"}
-    return [ir.DataType[back.get(n, n.upper())] for n in names]
 
 
 # ---- helpers -----------------------------------------------------------------------------------------
@@ -153,13 +129,7 @@ def conv_length(length: Dim, kernel: int, stride: int, pads: int, dilation: int,
 
 
 # ---- the table ---------------------------------------------------------------------------------------
-ELEMENTWISE = (
-    "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast Ceil "
-    "Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish "
-    "Hardmax Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow "
-    "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh "
-    "ThresholdedRelu Where Xor"
-).split()
+ELEMENTWISE = ["Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Hardmax", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Where", "Xor"]
 
 
 @rule(*ELEMENTWISE)
@@ -169,12 +139,7 @@ def _elementwise(env: ShapeEnv, node: ir.Node) -> Shapes:
     return [broadcast(*[env.shape(v) for v in values])]
 
 
-FIRST = (
-    "CastLike CumSum Dropout EyeLike GroupNormalization InstanceNormalization LRN LogSoftmax LpNormalization "
-    "MeanVarianceNormalization QuantizeLinear DequantizeLinear RandomNormalLike RandomUniformLike Bernoulli "
-    "RMSNormalization SimplifiedLayerNormalization ReverseSequence RotaryEmbedding ScatterElements Scatter "
-    "ScatterND Softmax TensorScatter Trilu BatchNormalization"
-).split()
+FIRST = ["CastLike", "CumSum", "Dropout", "EyeLike", "GroupNormalization", "InstanceNormalization", "LRN", "LogSoftmax", "LpNormalization", "MeanVarianceNormalization", "QuantizeLinear", "DequantizeLinear", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "RMSNormalization", "SimplifiedLayerNormalization", "ReverseSequence", "RotaryEmbedding", "ScatterElements", "Scatter", "ScatterND", "Softmax", "TensorScatter", "Trilu", "BatchNormalization"]
 
 
 @rule(*FIRST)
@@ -303,7 +268,8 @@ def _reshape(env: ShapeEnv, node: ir.Node) -> Shapes:
         return [tuple(env.fresh(out, i) for i in range(rank))]
     allow_zero = node.attributes.get_int("allowzero", 0)
     dims: list[Any] = [
-        x[i] if d == 0 and not allow_zero else env.fresh(out, i) if d is None else d for i, d in enumerate(target)
+        x[i] if d == 0 and not allow_zero else env.fresh(out, i) if d is None else d
+        for i, d in enumerate(target)
     ]
     if -1 in dims:
         index = dims.index(-1)
@@ -378,7 +344,9 @@ def _expand(env: ShapeEnv, node: ir.Node) -> Shapes:
 def _tile(env: ShapeEnv, node: ir.Node) -> Shapes:
     x = env.need(node.inputs[0])
     times = env.ints(node.inputs[1]) or [None] * len(x)
-    return [tuple(env.fresh(node.outputs[0], i) if t is None else d * t for i, (d, t) in enumerate(zip(x, times)))]
+    return [
+        tuple(env.fresh(node.outputs[0], i) if t is None else d * t for i, (d, t) in enumerate(zip(x, times)))
+    ]
 
 
 @rule("Concat")
@@ -418,7 +386,8 @@ def _split(env: ShapeEnv, node: ir.Node) -> Shapes:
         else:
             sizes = [quotient(length, count)] * count
     return [
-        (*x[:axis], env.fresh(out, axis) if s is None else s, *x[axis + 1 :]) for out, s in zip(node.outputs, sizes)
+        (*x[:axis], env.fresh(out, axis) if s is None else s, *x[axis + 1 :])
+        for out, s in zip(node.outputs, sizes)
     ]
 
 
@@ -499,10 +468,7 @@ def _gather_nd(env: ShapeEnv, node: ir.Node) -> Shapes:
     return [(*index[:-1], *x[batch + depth :])]
 
 
-REDUCE = (
-    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
-    "ReduceSumSquare"
-).split()
+REDUCE = ["ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"]
 
 
 @rule(*REDUCE)
@@ -636,7 +602,11 @@ def _conv_transpose(env: ShapeEnv, node: ir.Node) -> Shapes:
 def _resize(env: ShapeEnv, node: ir.Node) -> Shapes:
     x = env.need(node.inputs[0])
     out = list(x)
-    axes = [a % len(x) for a in node.attributes["axes"].as_ints()] if "axes" in node.attributes else range(len(x))
+    axes = (
+        [a % len(x) for a in node.attributes["axes"].as_ints()]
+        if "axes" in node.attributes
+        else range(len(x))
+    )
     sizes = env.ints(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
     which = 1 if node.op_type == "Upsample" else 2
     scale_value = node.inputs[which] if len(node.inputs) > which else None
@@ -667,7 +637,9 @@ def _pad(env: ShapeEnv, node: ir.Node) -> Shapes:
     out = list(x)
     for i, axis in enumerate(axes):
         low, high = (None, None) if pads is None else (pads[i], pads[i + len(axes)])
-        out[axis] = env.fresh(node.outputs[0], axis) if low is None or high is None else dim(out[axis] + low + high)
+        out[axis] = (
+            env.fresh(node.outputs[0], axis) if low is None or high is None else dim(out[axis] + low + high)
+        )
     return [tuple(out)]
 
 

@@ -55,9 +55,10 @@ def line(op: Op) -> str:
     node: ir.Node = op.raw
     outs = ", ".join(result(v) for v in op.outputs)
     attrs = ", ".join(attribute(a) for _, a in sorted(node.attributes.items()) if isinstance(a, ir.Attr))
-    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    if op.kind == "elision":
+        attrs = ", ".join(f"{k}={v}" for k, v in sorted(op.attrs.items()) if k != "op")
     tail = f" {{{attrs}}}" if attrs else ""
-    return f"{outs} = {name}({', '.join(operand(v) for v in node.inputs)}){tail}"
+    return f"{outs} = {op.target}({', '.join(operand(v) for v in node.inputs)}){tail}"
 
 
 def result(value: Value) -> str:

@@ -19,7 +19,14 @@ from .surgery import Editor
 BUDGET = 64 << 20
 """A folded constant may take at most this many bytes, unless it is no bigger than what it is computed from."""
 
-RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+RANDOM = {
+    "RandomNormal",
+    "RandomUniform",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Multinomial",
+    "Bernoulli",
+}
 
 
 def fold_shapes(ed: Editor) -> None:
@@ -33,7 +40,7 @@ def fold_shapes(ed: Editor) -> None:
                 continue
             if not all(isinstance(x, int) for x in known.ravel()):
                 continue
-            if out.dtype is None or out.dtype.is_floating_point() and node.op_type != "Cast":
+            if out.dtype is None or (out.dtype.is_floating_point() and node.op_type != "Cast"):
                 continue
             array = np.asarray(known.tolist()).astype(out.dtype.numpy())
             ed.replace(out, ed.constant(array, f"{out.name}_known"))
@@ -80,7 +87,8 @@ def plain_slice(ed: Editor, node: ir.Node) -> None:
     if x is None or ends is None or axes is None or ed.is_constant(node.inputs[2]):
         return
     plain: list[Any] = [
-        np.iinfo(np.int64).max if end is not None and x[axis % len(x)] == end else end for axis, end in zip(axes, ends)
+        np.iinfo(np.int64).max if end is not None and x[axis % len(x)] == end else end
+        for axis, end in zip(axes, ends)
     ]
     if all(isinstance(end, int) for end in plain):
         node.replace_input_with(2, ed.ints(plain, f"{node.outputs[0].name}_ends"))
@@ -156,7 +164,9 @@ def evaluate(ed: Editor, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[n
                 initializers.append(held)
                 mapping[value] = held
             inputs.append(mapping[value])
-        copied = ir.node(node.op_type, inputs, dict(node.attributes), domain=node.domain, num_outputs=len(node.outputs))
+        copied = ir.node(
+            node.op_type, inputs, dict(node.attributes), domain=node.domain, num_outputs=len(node.outputs)
+        )
         for i, out in enumerate(node.outputs):
             copied.outputs[i].name = f"v{len(mapping)}_{i}"
             copied.outputs[i].dtype = out.dtype
@@ -219,7 +229,9 @@ def idle(ed: Editor, node: ir.Node) -> bool:
     if kind == "Concat":
         return len(node.inputs) == 1
     if kind == "Slice":
-        steps = ed.env.known_ints(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
+        steps = (
+            ed.env.known_ints(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
+        )
         return steps is not None and set(steps) <= {1}
     if kind in ("Mul", "Div"):
         return ed.number(node.inputs[1]) == 1.0

@@ -77,7 +77,11 @@ def deserialise(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.M
                 initializer.const_value.base_dir = folder
         for node in model.graph.all_nodes():
             for attr in node.attributes.values():
-                if isinstance(attr, ir.Attr) and isinstance(attr.value, ir.ExternalTensor) and folder is not None:
+                if (
+                    isinstance(attr, ir.Attr)
+                    and isinstance(attr.value, ir.ExternalTensor)
+                    and folder is not None
+                ):
                     attr.value.base_dir = folder
         ensure_order(model, where)
         problem = checked(model)
@@ -147,13 +151,19 @@ def check_external(tensor: onnx.TensorProto, name: str, wanted: int, where: str,
     if not location:
         raise ModelFileError(f"{where}: tensor '{name}' has external data without a location")
     if os.path.isabs(location) or "\\" in location or ".." in Path(location).parts or "\0" in location:
-        raise ModelFileError(f"{where}: tensor '{name}' refers to '{location}', outside the model's folder: refused")
+        raise ModelFileError(
+            f"{where}: tensor '{name}' refers to '{location}', outside the model's folder: refused"
+        )
     root = folder.resolve()
     target = root / location
-    if any(part.is_symlink() for part in [target, *target.parents] if part.is_relative_to(root) and part != root):
+    if any(
+        part.is_symlink() for part in [target, *target.parents] if part.is_relative_to(root) and part != root
+    ):
         raise ModelFileError(f"{where}: tensor '{name}' refers to '{location}', a symbolic link: refused")
     if not target.resolve().is_relative_to(root):
-        raise ModelFileError(f"{where}: tensor '{name}' refers to '{location}', outside the model's folder: refused")
+        raise ModelFileError(
+            f"{where}: tensor '{name}' refers to '{location}', outside the model's folder: refused"
+        )
     if not target.is_file():
         raise ModelFileError(f"{where}: the external data file '{location}' is missing")
     try:
@@ -170,7 +180,9 @@ def ensure_order(model: ir.Model, where: str) -> None:
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value not in known:
-                raise ModelFileError(f"{where}: {node.op_type} reads '{value.name}', which nothing computes before it")
+                raise ModelFileError(
+                    f"{where}: {node.op_type} reads '{value.name}', which nothing computes before it"
+                )
         known.update(node.outputs)
     for value in model.graph.outputs:
         if value not in known:
@@ -208,7 +220,9 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     """The model as one ModelProto with its weights inside. Raises ModelFileError when they are over 2 GB."""
     total = weight_bytes(model)
     if total > PROTOBUF_LIMIT:
-        raise ModelFileError(f"{total / 1e9:.1f} GB of weights do not fit in one message; save the model to a file")
+        raise ModelFileError(
+            f"{total / 1e9:.1f} GB of weights do not fit in one message; save the model to a file"
+        )
     if not has_external_data(model):
         return ir.to_proto(model)
     clone = model.clone()

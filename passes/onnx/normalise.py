@@ -55,7 +55,11 @@ def normalise(model: ir.Model) -> NormaliseReport:
     step(model, lambda: common.RemoveInitializersFromInputsPass()(model), "weights that are inputs too")
     step(model, lambda: inline(model), "inlining functions")
     convert(model, report)
-    step(model, lambda: common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model), "constants")
+    step(
+        model,
+        lambda: common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model),
+        "constants",
+    )
     ed = Editor(model, ShapeEnv(model).run())
     step(model, lambda: rewrite(ed), "rewriting")
     report.opset_after = model.opset_imports.get("", 0)
@@ -71,20 +75,28 @@ def rewrite(ed: Editor) -> None:
         ed.near_misses.append("nothing raised: the model could not be brought to a newer operator set")
         return
     contrib.unpack(ed)
-    for _ in range(2):
-        fold.fold_shapes(ed)
-        fold.fold_constants(ed)
-        fold.remove_idle(ed)
-        ed.sweep()
+    fold_all(ed)
     share(ed)
     plain.simplify(ed)
     raise_norms.raise_norms(ed)
     raise_norms.raise_gelu(ed)
     raise_attention.raise_attention(ed)
-    fold.fold_constants(ed)
-    fold.remove_idle(ed)
-    ed.sweep()
+    fold_all(ed)
+    share(ed)
     tidy(ed)
+
+
+def fold_all(ed: Editor) -> None:
+    """Fold until nothing changes: a folded value may be the last unknown of a shape, and that of a constant."""
+    for _ in range(6):
+        before = dict(ed.counts)
+        fold.fold_shapes(ed)
+        fold.fold_constants(ed)
+        fold.remove_idle(ed)
+        ed.sweep()
+        if ed.counts == before:
+            return
+        ed.env.run()  # lengths that hung on a value which now is a constant
 
 
 def share(ed: Editor) -> None:

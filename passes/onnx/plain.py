@@ -66,7 +66,12 @@ def plain_einsum(ed: Editor, node: ir.Node) -> None:
     rows = [c for c in a if c not in b and c in right]
     columns = [c for c in b if c not in a and c in right]
     sums = [c for c in a if c in b and c not in right]
-    if len(sums) != 1 or len(rows) > 1 or len(columns) > 1 or len(a) + len(b) != 2 * len(batch) + len(rows) + len(columns) + 2:
+    if (
+        len(sums) != 1
+        or len(rows) > 1
+        or len(columns) > 1
+        or len(a) + len(b) != 2 * len(batch) + len(rows) + len(columns) + 2
+    ):
         return
     if not rows or not columns:
         return
@@ -82,7 +87,11 @@ def ordered(ed: Editor, before: ir.Node, value: ir.Value | None, have: str, want
     """`value` with its axes, named by letters, in the wanted order."""
     assert value is not None
     perm = [have.index(letter) for letter in want]
-    return value if perm == list(range(len(perm))) else ed.emit("Transpose", [value], {"perm": perm}, before=before)
+    return (
+        value
+        if perm == list(range(len(perm)))
+        else ed.emit("Transpose", [value], {"perm": perm}, before=before)
+    )
 
 
 def plain_gemm(ed: Editor, node: ir.Node) -> None:
@@ -156,7 +165,13 @@ def plain_gather_nd(ed: Editor, node: ir.Node) -> None:
     x, indices = node.inputs[0], node.inputs[1]
     shape, target = ed.shape(x), ed.shape(node.outputs[0])
     parts = components(ed, indices)
-    if x is None or shape is None or target is None or parts is None or node.attributes.get_int("batch_dims", 0):
+    if (
+        x is None
+        or shape is None
+        or target is None
+        or parts is None
+        or node.attributes.get_int("batch_dims", 0)
+    ):
         return
     rank = len(ed.env.need(indices)) - 1
     axes: list[int] = []
@@ -179,7 +194,11 @@ def plain_gather_nd(ed: Editor, node: ir.Node) -> None:
 def components(ed: Editor, value: ir.Value | None) -> list[ir.Value] | None:
     """The values whose stack along a new last axis is `value`."""
     node = ed.made_by(value, "Concat")
-    if node is None or value is None or node.attributes.get_int("axis", 0) not in (-1, len(ed.env.need(value)) - 1):
+    if (
+        node is None
+        or value is None
+        or node.attributes.get_int("axis", 0) not in (-1, len(ed.env.need(value)) - 1)
+    ):
         return None
     found: list[ir.Value] = []
     for part in node.inputs:
@@ -213,7 +232,9 @@ def counts_along(ed: Editor, value: ir.Value, rank: int, length: object) -> int 
             if len(long) != 1 or shape[long[0]] != length:
                 return None
             source = inner
-            while (step := ed.made_by(source, "Unsqueeze", "Reshape")) is not None and step.inputs[0] is not None:
+            while (step := ed.made_by(source, "Unsqueeze", "Reshape")) is not None and step.inputs[
+                0
+            ] is not None:
                 source = step.inputs[0]
             start = ed.made_by(source, "Range")
             if start is None or ed.number(start.inputs[0]) != 0.0 or ed.number(start.inputs[2]) != 1.0:

@@ -156,7 +156,13 @@ def head_factor(ed: Editor, node: ir.Node) -> tuple[ir.Value | None, ir.Value]:
     """(the scores, a constant factor per head): the factor has length 1 along queries and keys."""
     for x, c in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
         shape = ed.shape(c)
-        if c is not None and ed.is_constant(c) and shape is not None and len(shape) >= 2 and shape[-2:] == (1, 1):
+        if (
+            c is not None
+            and ed.is_constant(c)
+            and shape is not None
+            and len(shape) >= 2
+            and shape[-2:] == (1, 1)
+        ):
             return x, c
     raise NoMatch(f"{ed.label(node)} scales the scores by something that is not a number")
 
@@ -196,7 +202,9 @@ def leads_to_product(ed: Editor, value: ir.Value) -> bool:
                 return False
             value = following[0]
         elif node.op_type == "Where":
-            following = [v for v in node.inputs[1:] if v is not None and not ed.is_constant(v) and v.producer()]
+            following = [
+                v for v in node.inputs[1:] if v is not None and not ed.is_constant(v) and v.producer()
+            ]
             if not following:
                 return False
             value = following[0]
@@ -321,6 +329,7 @@ def emit_attention(
     lead = [s[:2] for s in shapes if s is not None]
     if not lead[0] == lead[1] == lead[2]:
         raise NoMatch(f"queries, keys and values have the leading axes {lead[0]}, {lead[1]} and {lead[2]}")
+    scale = plain_scale(scale, shapes[0][3] if shapes[0] is not None else None)
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
     if any(x.dtype != q.dtype for x in (k, v)):
         raise NoMatch("queries, keys and values differ in type")
@@ -333,7 +342,10 @@ def emit_attention(
         target = ed.shape(out)
         if target is None:
             raise NoMatch("the result has no known shape")
-        shape = [d if isinstance(d, int) else 0 if i == 0 and len(target) == 4 else -1 for i, d in enumerate(target)]
+        shape = [
+            d if isinstance(d, int) else 0 if i == 0 and len(target) == 4 else -1
+            for i, d in enumerate(target)
+        ]
         if shape.count(-1) > 1:
             # [g, n, e] with g and n unknown: fold the first two axes of [b, h, n, e].
             new = fold_leading(ed, product, new)
@@ -342,6 +354,12 @@ def emit_attention(
     elif ed.shape(new) != ed.shape(out):
         raise NoMatch(f"the result is {ed.shape(out)} where Attention gives {ed.shape(new)}")
     ed.replace(out, new)
+
+
+def plain_scale(scale: float, width: object) -> float:
+    """1 / sqrt(d) exactly where rounding in the file came close to it (a root on q and one on k, say)."""
+    usual = width**-0.5 if isinstance(width, int) and width > 0 else scale
+    return usual if abs(scale - usual) <= 1e-6 * usual else scale
 
 
 def fold_leading(ed: Editor, before: ir.Node, value: ir.Value) -> ir.Value:

@@ -43,7 +43,9 @@ def trailing_axes(ed: Editor, node: ir.Node) -> int | None:
     shape = ed.shape(node.inputs[0])
     if shape is None or not node.attributes.get_int("keepdims", 1):
         return None
-    axes = ed.env.known_ints(node.inputs[1]) if len(node.inputs) > 1 else node.attributes.get_ints("axes", None)
+    axes = (
+        ed.env.known_ints(node.inputs[1]) if len(node.inputs) > 1 else node.attributes.get_ints("axes", None)
+    )
     if not axes:
         return None
     found = sorted(a % len(shape) for a in axes)
@@ -100,7 +102,9 @@ def raise_norm(ed: Editor, variance: ir.Node) -> str | None:
             assert subtract.inputs[0] is not None
             x, kind = subtract.inputs[0], "LayerNormalization"
     numerator = others[0] if others else None
-    if numerator is not centred and not (kind == "LayerNormalization" and same_difference(ed, numerator, centred)):
+    if numerator is not centred and not (
+        kind == "LayerNormalization" and same_difference(ed, numerator, centred)
+    ):
         return "what is divided by the root is not what was squared"
     shape = ed.shape(x)
     if shape is None or not all(isinstance(d, int) for d in shape[axis:]):
@@ -147,7 +151,10 @@ def absorb(
     array = ed.array(other)
     if array is None or other is None or other.dtype != x.dtype:
         return value, None
-    flat = array.reshape([d for d in array.shape[: max(array.ndim - len(lengths), 0)] if d != 1] + list(array.shape)[max(array.ndim - len(lengths), 0) :])
+    flat = array.reshape(
+        [d for d in array.shape[: max(array.ndim - len(lengths), 0)] if d != 1]
+        + list(array.shape)[max(array.ndim - len(lengths), 0) :]
+    )
     if flat.ndim > len(lengths):
         return value, None
     try:

@@ -43,7 +43,11 @@ class Editor:
         if tensor is None or tensor.size != 1:
             return None
         array = tensor.numpy()
-        return float(array.reshape(-1)[0]) if array.dtype.kind in "fiub" or array.dtype.name == "bfloat16" else None
+        return (
+            float(array.reshape(-1)[0])
+            if array.dtype.kind in "fiub" or array.dtype.name == "bfloat16"
+            else None
+        )
 
     def array(self, value: ir.Value | None) -> np.ndarray | None:
         tensor = constant_tensor(value)
@@ -98,7 +102,9 @@ class Editor:
     ) -> ir.Value:
         """Insert a node in front of `before`; returns its first output."""
         base = name or before.name or before.outputs[0].name or "normalised"
-        node = ir.node(op_type, inputs, attrs or None, domain=domain, num_outputs=outputs, name=f"{base}/{op_type}")
+        node = ir.node(
+            op_type, inputs, attrs or None, domain=domain, num_outputs=outputs, name=f"{base}/{op_type}"
+        )
         for out in node.outputs:
             out.name = self.unique(f"{base}_{op_type}")
         self.graph.insert_before(before, node)
