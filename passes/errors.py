@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ElisionError(Exception):
-    """Base of every error that a user of Elision can cause (bad file, bad option, unsafe graph)."""
+    """Base of every error that a user of Elision can cause (bad file, bad option, unsafe graph).
+
+    When a pass failed, the pass manager sets `reproducer` (plain data, see `manager.reproducer`) and `graph`
+    (what that pass was given).
+    """
+
+    reproducer: dict[str, Any] | None = None
+    graph: Any = None
 
 
 class Refused(ElisionError):
-    """A pass found the graph unsafe for it. The message names the op and the value; the graph is unchanged."""
+    """A pass found the graph unsafe for it. The message names op and value; the graph is unchanged."""
 
 
 class NothingMatched(ElisionError):

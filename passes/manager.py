@@ -1,0 +1,396 @@
+"""Runs a pipeline over a graph: a copy for each pass, verification after it, cost, drift and snapshots.
+
+The input graph is never touched. A pass that fails leaves nothing behind; the error says which pass, and
+carries what is needed to run that pass again (`error.reproducer`, `error.graph`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import sympy
+
+from . import cost as cost_model
+from . import drift as drifts
+from .base import Pass, PassContext
+from .cost import Cost, Machine
+from .diff import counts, diff_graphs, diff_texts
+from .drift import Drift
+from .errors import ElisionError, NothingMatched, PipelineError, Refused, VerificationError
+from .ir.graph import Graph, Shape, Value
+from .options import format_value
+from .pipeline import Passes, format, parse
+
+Runner = Callable[[Graph], Sequence[Any]]
+"""Runs a graph on the example inputs; its outputs as arrays, in the order of `graph.outputs`."""
+
+_PACKAGES = ("elision", "torch", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "sympy")
+
+
+class PassFailed(ElisionError):
+    """A pass or the host broke down in a way nobody foresaw: a bug, with a reproducer. `__cause__` has it."""
+
+
+@dataclass
+class PassReport:
+    """What one pass did. `drift` compares with the graph before this pass; None when nothing was run.
+
+    `snapshot` is the text after the pass, only if it changed the graph.
+    """
+
+    name: str
+    text: str
+    exact: bool
+    changed: bool = False
+    declined: str | None = None
+    notes: list[str] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    verify_seconds: float = 0.0
+    cost_before: Cost = field(default_factory=Cost)
+    cost_after: Cost = field(default_factory=Cost)
+    drift: list[Drift] | None = None
+    snapshot: list[str] | None = None
+    changes: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "text": self.text,
+            "exact": self.exact,
+            "changed": self.changed,
+            "declined": self.declined,
+            "notes": self.notes,
+            "statistics": self.statistics,
+            "seconds": self.seconds,
+            "verify_seconds": self.verify_seconds,
+            "cost_before": self.cost_before.to_json(),
+            "cost_after": self.cost_after.to_json(),
+            "drift": None if self.drift is None else [d.to_json() for d in self.drift],
+            "changes": self.changes,
+        }
+
+
+@dataclass
+class PipelineReport:
+    """A finished run. `graph` is the result (a graph of its own unless nothing changed); `drift` compares it
+    with the input; `snapshots[0]` is the text of the input, one more for each pass that changed something."""
+
+    graph: Graph
+    text: str
+    passes: list[PassReport]
+    cost_before: Cost
+    cost_after: Cost
+    seconds: float = 0.0
+    drift: list[Drift] | None = None
+    before: list[str] = field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        return any(p.changed for p in self.passes)
+
+    @property
+    def snapshots(self) -> list[list[str]]:
+        return [self.before, *(p.snapshot for p in self.passes if p.snapshot is not None)]
+
+    def diff(self, index: int, context: int = 1, lengths: bool = False) -> str:
+        """What pass number `index` changed, as text; "" if nothing."""
+        after = self.passes[index].snapshot
+        if after is None:
+            return ""
+        earlier = [p.snapshot for p in self.passes[:index] if p.snapshot is not None]
+        return diff_graphs(earlier[-1] if earlier else self.before, after, context, lengths)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`, without snapshots."""
+        return {
+            "pipeline": self.text,
+            "changed": self.changed,
+            "seconds": self.seconds,
+            "passes": [p.to_json() for p in self.passes],
+            "cost_before": self.cost_before.to_json(),
+            "cost_after": self.cost_after.to_json(),
+            "drift": None if self.drift is None else [d.to_json() for d in self.drift],
+        }
+
+
+def run_pipeline(
+    graph: Graph,
+    passes: Passes,
+    *,
+    context: PassContext | None = None,
+    runner: Runner | None = None,
+    verify: bool = True,
+    machine: Machine | None = None,
+    progress: Callable[[int, int, Pass], None] | None = None,
+) -> PipelineReport:
+    """Run `passes` over `graph` and report.
+
+    With `verify`, each result is checked: `graph.verify()`, shapes and dtypes of the outputs, and, given a
+    `runner`, numerics on the example inputs. An exact pass must stay within `drift.TOLERANCE`; of a lossy one
+    the drift is recorded. `machine` is what costs are estimated for. `progress(i, n, pass)` is called before
+    each pass.
+
+    Raises PipelineError, NothingMatched, Refused, VerificationError or PassFailed; all but the first carry
+    `reproducer` (plain data) and `graph` (the input of the failing pass). `graph` itself is left as it was.
+    """
+    todo = parse(passes)
+    manager = _Manager(context or PassContext(), runner if verify else None, verify, machine)
+    started = time.perf_counter()
+    before = graph.text()
+    first = current = manager.begin(graph)
+    reports: list[PassReport] = []
+    for index, single in enumerate(todo):
+        if progress is not None:
+            progress(index, len(todo), single)
+        try:
+            current, report = manager.step(current, single)
+        except Exception as error:
+            raise _explained(error, current.graph, todo, index, manager.context) from error
+        if report.snapshot is not None:
+            older = [r.snapshot for r in reports if r.snapshot is not None]
+            report.changes = counts(diff_texts(older[-1] if older else before, report.snapshot))
+        reports.append(report)
+    return PipelineReport(
+        graph=current.graph,
+        text=format(todo),
+        passes=reports,
+        cost_before=first.cost,
+        cost_after=current.cost,
+        seconds=time.perf_counter() - started,
+        drift=manager.drift(first, current),
+        before=before,
+    )
+
+
+@dataclass
+class _State:
+    """A graph between two passes, with what is known of it."""
+
+    graph: Graph
+    cost: Cost
+    outputs: list[np.ndarray] | None = None
+
+
+class _Manager:
+    def __init__(
+        self, context: PassContext, runner: Runner | None, verify: bool, machine: Machine | None
+    ) -> None:
+        self.context = context
+        self.runner = runner
+        self.verify = verify
+        self.machine = machine or cost_model.MACHINES["cpu"]
+        self.notes: list[str] = []
+
+    def begin(self, graph: Graph) -> _State:
+        if self.runner is not None and _is_random(graph):
+            self.notes.append("dropout is on in this graph, so its outputs were not compared")
+            self.runner = None
+        return _State(graph, self.cost(graph))
+
+    def cost(self, graph: Graph) -> Cost:
+        return cost_model.estimate(graph, example_inputs=self.context.example_inputs, machine=self.machine)
+
+    def step(self, state: _State, single: Pass) -> tuple[_State, PassReport]:
+        """One pass on a copy. Returns the new state, or the old one when the pass did or won nothing."""
+        report = PassReport(
+            single.name, str(single), single.exact, cost_before=state.cost, cost_after=state.cost
+        )
+        started = time.perf_counter()
+        trial = state.graph.copy()
+        outcome = single.run(trial, self.context)
+        report.seconds = time.perf_counter() - started
+        report.notes = [*outcome.notes, *self.notes]
+        report.statistics, report.extra = dict(outcome.statistics), outcome.extra
+        report.declined = outcome.declined
+        if not outcome.changed or outcome.declined:
+            return state, report
+        after = _State(trial, self.cost(trial))
+        report.declined = self.not_worth_it(single, state.cost, after.cost)
+        if report.declined:
+            return state, report
+        started = time.perf_counter()
+        if self.verify:
+            trial.verify()
+            _check_outputs(single, state.graph, trial)
+            report.drift = self.check_numerics(single, state, after)
+        report.verify_seconds = time.perf_counter() - started
+        report.changed, report.cost_after, report.snapshot = True, after.cost, trial.text()
+        return after, report
+
+    def not_worth_it(self, single: Pass, before: Cost, after: Cost) -> str | None:
+        if not single.reduces or self.context.force or after.seconds < before.seconds:
+            return None
+        return (
+            f"{single.name} would save nothing here: estimated {_seconds(after.seconds)} after it, "
+            f"{_seconds(before.seconds)} before ({_big(after.flops)}FLOP and {_big(after.bytes)}B, "
+            f"{_big(before.flops)}FLOP and {_big(before.bytes)}B before); force applies it all the same"
+        )
+
+    def run(self, state: _State) -> list[np.ndarray]:
+        assert self.runner is not None
+        if state.outputs is None:
+            state.outputs = [np.asarray(array) for array in self.runner(state.graph)]
+        return state.outputs
+
+    def reference(self, state: _State) -> list[np.ndarray]:
+        try:
+            return self.run(state)
+        except ElisionError:
+            raise
+        except Exception as error:
+            raise ElisionError(f"the graph does not run on the example inputs: {_one_line(error)}") from error
+
+    def check_numerics(self, single: Pass, before: _State, after: _State) -> list[Drift] | None:
+        if self.runner is None:
+            return None
+        reference = self.reference(before)
+        try:
+            actual = self.run(after)
+        except ElisionError:
+            raise
+        except Exception as error:
+            raise VerificationError(
+                f"after {single.name} the graph does not run: {_one_line(error)}"
+            ) from error
+        names = [v.name for v in before.graph.outputs]
+        for name, old, new in zip(names, reference, actual):
+            if old.shape != new.shape:
+                raise VerificationError(
+                    f"after {single.name} output {name} has shape {list(new.shape)}, before {list(old.shape)}"
+                )
+        found = drifts.compare(names, reference, actual)
+        allowed = drifts.tolerance(before.graph)
+        for old, drift in zip(reference, found):
+            if not drift.finite:
+                raise VerificationError(
+                    f"after {single.name} output {drift.output} has NaN or infinite values"
+                )
+            if single.exact and not drifts.within(old, drift, allowed):
+                raise VerificationError(
+                    f"{single.name} must preserve the function, but output {drift.output} differs by "
+                    f"{drift.max_abs:.3g} (allowed: {allowed:g} of its largest magnitude)"
+                )
+        return found
+
+    def drift(self, first: _State, last: _State) -> list[Drift] | None:
+        if self.runner is None or first.outputs is None or last.outputs is None:
+            return None
+        return drifts.compare([v.name for v in first.graph.outputs], first.outputs, last.outputs)
+
+
+# ---- checks -------------------------------------------------------------------------------------------
+def _is_random(graph: Graph) -> bool:
+    return any(op.attrs.get("fn") == "dropout" and op.attrs.get("train") for op in graph.ops)
+
+
+def _check_outputs(single: Pass, before: Graph, after: Graph) -> None:
+    """No pass may change the shapes or dtypes of the graph's outputs; it may add outputs at the end."""
+    if len(after.outputs) < len(before.outputs):
+        raise VerificationError(
+            f"{single.name} removed an output of the graph ({len(before.outputs)} before, "
+            f"{len(after.outputs)} after)"
+        )
+    for old, new in zip(before.outputs, after.outputs):
+        if old.dtype != new.dtype or not _may_be_equal(old.shape, new.shape):
+            raise VerificationError(
+                f"{single.name} changed an output of the graph: {_typed(old)} became {_typed(new)}"
+            )
+    for old, new in zip(before.inputs, after.inputs):
+        if old.dtype != new.dtype or not _may_be_equal(old.shape, new.shape):
+            raise VerificationError(
+                f"{single.name} changed an input of the graph: {_typed(old)} became {_typed(new)}"
+            )
+
+
+def _may_be_equal(a: Shape | None, b: Shape | None) -> bool:
+    """False only if both shapes are known and certainly differ."""
+    if a is None or b is None:
+        return True
+    if len(a) != len(b):
+        return False
+    return all(m == n or sympy.simplify(sympy.sympify(m) - n).is_zero in (True, None) for m, n in zip(a, b))
+
+
+def _typed(value: Value) -> str:
+    return repr(value).removeprefix("%")
+
+
+# ---- failures -----------------------------------------------------------------------------------------
+def _explained(
+    error: Exception, graph: Graph, passes: Sequence[Pass], index: int, context: PassContext
+) -> ElisionError:
+    """The error to raise for a failing pass, with its reproducer."""
+    single = passes[index]
+    if isinstance(error, PipelineError):
+        return error
+    if isinstance(error, NothingMatched | Refused | VerificationError):
+        text = _one_line(error)
+        known = text if text.startswith(single.name) or single.name in text else f"{single.name}: {text}"
+        result: ElisionError = type(error)(known)
+    elif isinstance(error, ElisionError):
+        result = error
+    else:
+        result = PassFailed(f"pass {single.name} failed: {type(error).__name__}: {_one_line(error)}")
+    result.graph = graph
+    result.reproducer = reproducer(passes, index, context, error, graph.host)
+    return result
+
+
+def reproducer(
+    passes: Sequence[Pass], index: int, context: PassContext, error: BaseException, host: str
+) -> dict[str, Any]:
+    """What it takes to run the failing pass again on the graph it got, as plain data.
+
+    `pipeline` is the failing pass and the rest; `whole_pipeline` is where it came from.
+    """
+    single = passes[index]
+    return {
+        "format": "elision-reproducer",
+        "pipeline": format(passes[index:]),
+        "whole_pipeline": format(passes),
+        "failing_pass": single.name,
+        "failing_class": f"{type(single).__module__}.{type(single).__qualname__}",
+        "options": {name: format_value(value) for name, value in vars(single.options).items()},
+        "context": {"force": context.force, "target": context.target, "want_map": context.want_map},
+        "host": host,
+        "error_type": type(error).__name__,
+        "error": _one_line(error),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter here; "absent" for one that is not installed."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def _big(value: float) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} "
