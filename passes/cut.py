@@ -1,0 +1,284 @@
+"""Cutting a token space: after a value gets fewer tokens, everything that meets it is repaired by role.
+
+One walk over the operations in order. Each op is asked which of its operands run over the token space and at
+which level they are; lower operands are lifted to the highest level, an op that uses the token axis up (a
+convolution, a reshape to a grid, an output) gets the original tokens back, a mean over the tokens becomes a
+mean weighted by size, an attention gets the sizes of its keys. What the walk does not know it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from .analysis import signatures
+from .analysis.flow import is_float
+from .analysis.spaces import Analysis, Ends, TokenSpace, part_bounds
+from .cut_maps import WHOLE, Crossing, Level
+from .errors import Refused
+from .ir.graph import Graph, Op, Value
+
+Mismatch = Literal["lift", "restore"]
+
+MEANS = frozenset({"mean", "sum"})
+
+
+class Cutter:
+    """Walks a graph once, calling `cut_at` after ops and repairing what follows.
+
+    `mismatch`: when features of two levels meet, "lift" the lower (the stream stays short) or "restore" the
+    higher (the stream stays whole, only a sub-layer is short). `proportional`: later attentions add the
+    logarithm of the size to the logits of each key (Bolya et al. 2023, eq. 1)."""
+
+    def __init__(
+        self, graph: Graph, analysis: Analysis, space: TokenSpace, *, mismatch: Mismatch, proportional: bool
+    ) -> None:
+        self.graph = graph
+        self.analysis = analysis
+        self.space = space
+        self.mismatch: Mismatch = mismatch
+        self.proportional = proportional
+        self.crossing = Crossing(graph, analysis, space)
+        self.keys: dict[Op, Value] = {}  # the key operand of each attention as it is now
+        self._whole: dict[tuple[int, Ends], Value] = {}  # (axis, ends) -> a value whose axis is still whole
+        # Lengths change in place during the walk: what depends on them is read before it.
+        self._bounds = {op: self._protected_part(op) for op in graph.ops_of("select", "slice", "split")}
+
+    def walk(self, after: dict[Op, Callable[[Op], None]]) -> None:
+        """Visit all ops; right after op `o` was repaired, call `after[o](o)`."""
+        for op in list(self.graph.ops):
+            self._visit(op)
+            self.crossing.cursor = self._replaced_by(op)
+            for out in op.outputs:
+                if self.crossing.level(out) is self.crossing.ground:
+                    for place in self.analysis.token_axes(self.space, out):
+                        self._whole.setdefault(place, self.crossing.current(out))
+            if op in after:
+                after[op](op)
+        self._outputs()
+
+    def add_level(self, value: Value, level: Level, slot: Value, keep: Value, source: Value) -> Level:
+        """Cut at `value` (at `level`): merge it with a new map. Returns the new level."""
+        crossing = self.crossing
+        axes = self.analysis.token_axes(self.space, value)
+        if len(axes) != 1 or axes[0][1] != WHOLE:
+            raise Refused(f"%{value.name} has no axis that is the token axis of the space")
+        batch = self.analysis.batch_axis(self.space, value)
+        attrs = {"axis": axes[0][0], "batch_axis": -1 if batch is None else batch}
+        inputs = [crossing.current(value), level.size, slot, keep, source]
+        merged, size = crossing.insert("merge_tokens", inputs, attrs)
+        assert keep.shape is not None
+        new = Level(len(crossing.levels), level, keep.shape[-1], size, slot, keep, source)
+        crossing.levels.append(new)
+        crossing.put(value, new, merged)
+        return new
+
+    # ---- one op --------------------------------------------------------------------------------------
+    def _tokens(self, value: Value | None) -> list[tuple[int, Ends]]:
+        return [] if value is None else self.analysis.token_axes(self.space, value)
+
+    def _replaced_by(self, op: Op) -> Op:
+        """The last op that belongs to `op` now: what replaced it, or itself."""
+        cursor, ops = self.crossing.cursor, self.graph.ops
+        if cursor is not None and ops.index(cursor) > ops.index(op):
+            return cursor
+        return op
+
+    def _visit(self, op: Op) -> None:
+        ground = self.crossing.ground
+        original = list(op.inputs)
+        tokens = [v for v in original if v is not None and self._tokens(v)]
+        levels = [self.crossing.level(v) for v in tokens]
+        target = max(levels, key=lambda level: level.number, default=ground)
+        if op.kind == "attention" and op.inputs[1] is not None:
+            self.keys[op] = op.inputs[1]
+        if target is ground:
+            self._rewire(op, original, ground)
+            return
+        if op.kind == "size":
+            self._measure(op)
+            return
+        if op.kind in ("unknown", "elision"):
+            name = tokens[levels.index(target)].name
+            raise Refused(
+                f"{op.target} (%{op.name}) reads %{name}, whose tokens are cut, and has no known role"
+            )
+        if self.mismatch == "restore" and self._features_differ(tokens):
+            target = ground
+        if target is not ground and self._pool(op, target):
+            return
+        if target is not ground and not self._passes(op, original):
+            target = ground
+        self._rewire(op, original, target)
+        if target is ground:
+            return
+        if op.kind == "attention":
+            self._attend(op, original, target)
+            return
+        self._stretch(op, original, target)
+        for out in op.outputs:
+            if self._tokens(out):
+                self.crossing.put(out, target)
+
+    def _rewire(self, op: Op, original: list[Value | None], level: Level) -> None:
+        """Let every operand be what stands for it at `level`."""
+        changed = False
+        for index, value in enumerate(original):
+            if value is None:
+                continue
+            new = self.crossing.get(value, level, op) if self._tokens(value) else self.crossing.current(value)
+            if new is not value:
+                self.graph.set_operand(op, index, new)
+                changed = True
+        if changed and level is self.crossing.ground:
+            self.graph.refresh(op)
+
+    def _features_differ(self, tokens: list[Value]) -> bool:
+        """True when features of different levels meet."""
+        content = {self.crossing.level(v).number for v in tokens if self.analysis.is_content(self.space, v)}
+        return len(content) > 1
+
+    def _passes(self, op: Op, original: list[Value | None]) -> bool:
+        """True when `op` treats the tokens one by one: every token axis of an operand goes on to an output."""
+        if op.kind == "attention":
+            return True
+        groups = signatures.groups(op)
+        outputs = set(op.outputs)
+        through = {port for group in groups for port in group if any(v in outputs for v, _ in group)}
+        for index, value in enumerate(original):
+            for axis, ends in self._tokens(value):
+                assert value is not None
+                if not self._axis_passes(op, index, (value, axis), ends, through):
+                    return False
+        return True
+
+    def _axis_passes(
+        self, op: Op, index: int, port: tuple[Value, int], ends: Ends, through: set[tuple[Value, int]]
+    ) -> bool:
+        axis = port[1]
+        if op.kind in ("select", "slice", "split") and op.attrs["axis"] == axis:
+            return self._bounds[op]
+        if op.kind == "reshape":
+            return any(e == ends for _, e in self._tokens(op.output))
+        if op.kind == "concat" and op.attrs["axis"] == axis:
+            return any(a == axis for a, _ in self._tokens(op.output))
+        if op.kind == "softmax" and op.attrs["axis"] == axis:
+            return False
+        if op.kind in ("norm", "spatial", "scatter") and axis in op.attrs.get("axes", ()):
+            return False
+        return port in through
+
+    def _protected_part(self, op: Op) -> bool:
+        """A select of a protected token, or a slice between protected tokens: a cut does not move them."""
+        x = op.inputs[0]
+        places = dict(self._tokens(x))
+        if x is None or x.shape is None or op.attrs["axis"] not in places:
+            return False
+        ends = places[op.attrs["axis"]]
+        prefix, suffix = self.space.prefix - ends[0], self.space.suffix - ends[1]
+        if op.kind == "select":
+            index = op.attrs["index"]
+            length = x.shape[op.attrs["axis"]]
+            if isinstance(index, int) and isinstance(length, int) and index >= length - suffix:
+                return False  # the position is counted from the start: it would have to move
+            return isinstance(index, int) and (0 <= index < prefix or -suffix <= index < 0)
+        if op.kind == "split" or op.attrs.get("step", 1) != 1:  # a split's sizes are numbers in the op
+            return False
+        end = op.attrs.get("end")
+        if not (end is None or (isinstance(end, int) and (end < 0 or end <= prefix))):
+            return False
+        total = self.analysis.axes.lengths.size(x.shape[op.attrs["axis"]])
+        for start, stop in part_bounds(self.analysis, op):
+            inner = start[0] == start[1] <= prefix and stop[0] == stop[1] <= suffix
+            first = total[0] - stop[0] == total[1] - stop[1] <= prefix
+            return inner or first
+        return False
+
+    # ---- repairs -------------------------------------------------------------------------------------
+    def _pool(self, op: Op, level: Level) -> bool:
+        """A mean or sum over the tokens becomes one over the original tokens."""
+        value = op.inputs[0]
+        if op.kind != "reduce" or op.attrs.get("fn") not in MEANS or value is None or not is_float(value):
+            return False
+        axes = self._tokens(value)
+        if len(axes) != 1 or tuple(op.attrs["axes"]) != (axes[0][0],):
+            return False
+        axis, ends = axes[0]
+        batch = self.analysis.batch_axis(self.space, value)
+        size = self.crossing.size_of(level, ends)
+        if size is None or (self.space.batch and batch is None):
+            return False
+        attrs = {
+            "axis": axis,
+            "batch_axis": -1 if batch is None else batch,
+            "keepdim": bool(op.attrs["keepdim"]),
+            "mode": op.attrs["fn"],
+        }
+        pooled = self.crossing.insert("pool_tokens", [self.crossing.current(value), size], attrs)[0]
+        self.crossing.put(op.output, self.crossing.ground, pooled)
+        return True
+
+    def _attend(self, op: Op, original: list[Value | None], level: Level) -> None:
+        """An attention over reduced tokens: the sizes of the keys go into the logits."""
+        q, k, v = op.inputs[:3]
+        assert q is not None and k is not None
+        self.keys[op] = k
+        out_level = level if self._tokens(op.output) else self.crossing.ground
+        if not (self.proportional and level.size is not None and self._tokens(original[1])):
+            self.graph.refresh(op)
+            self._check(op, out_level)
+            self.crossing.put(op.output, out_level)
+            return
+        scale = op.attrs.get("scale")
+        attrs = {"scale": float(scale) if scale else 0.0, "causal": bool(op.attrs.get("causal", False))}
+        self.crossing.cursor = op
+        made = self.crossing.insert("attention", [q, k, v, op.operand(3), level.size], attrs)[0]
+        self.crossing.put(op.output, out_level, made)
+
+    def _stretch(self, op: Op, original: list[Value | None], level: Level) -> None:
+        """Give a reshape or expand its new length, then recompute shapes and compare with what must come out."""
+        if op.kind in ("reshape", "expand"):
+            like, places = op.inputs[0], self._tokens(original[0])
+            for axis, ends in self._tokens(op.output):
+                own = next((a for a, e in places if e == ends), None)
+                if like is None or own is None:
+                    raise Refused(f"{op.target} (%{op.name}) widens %{op.output.name} over cut tokens")
+                self.graph.set_length(op, axis, like, own)
+        self.graph.refresh(op)
+        self._check(op, level)
+
+    def _check(self, op: Op, level: Level) -> None:
+        for out in op.outputs:
+            for axis, ends in self._tokens(out):
+                want = self.crossing.length(level, ends)
+                have = None if out.shape is None else out.shape[axis]
+                if have != want:
+                    raise Refused(
+                        f"{op.target} (%{op.name}) makes %{out.name} with {have} tokens where {want} are left"
+                    )
+
+    def _measure(self, op: Op) -> None:
+        """Lengths that the graph reads as data keep meaning the original number of tokens."""
+        value, axis = op.inputs[0], op.attrs["axis"]
+        assert value is not None
+        ends = dict(self._tokens(value)).get(axis)
+        if ends is None:
+            self.graph.set_operand(op, 0, self.crossing.current(value))
+            return
+        whole = self._whole.get((axis, ends))
+        if whole is None:
+            raise Refused(
+                f"{op.target} (%{op.name}) reads the number of tokens of %{value.name}, which is cut"
+            )
+        self.graph.set_operand(op, 0, whole)
+
+    def _outputs(self) -> None:
+        """Outputs have a row for every original token."""
+        self.crossing.cursor = self.graph.ops[-1]
+        for index, value in enumerate(list(self.graph.outputs)):
+            if self.crossing.level(value) is self.crossing.ground:
+                new = self.crossing.current(value)
+            else:
+                new = self.crossing.restored(value)
+            if new is not value:
+                self.graph.replace_output(index, new)

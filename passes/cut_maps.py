@@ -1,0 +1,222 @@
+"""Token maps of a graph that is being cut, and the two ways across a cut: lifting and restoring.
+
+Level 0 is the token space as it was. Every cut adds a level above the one it starts from. A value that must
+meet values of a higher level is *lifted* by its role (features are merged with the map, everything else takes
+the rows of the kept tokens); a value that must meet the original tokens is *restored*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .analysis.spaces import Analysis, Ends, TokenSpace
+from .errors import Refused
+from .ir.graph import Dim, Graph, Op, Value
+
+WHOLE: Ends = (0, 0)
+
+Layout = tuple[int, int]
+"""(rank, batch axis) that a value takes on to meet the other operands of an op."""
+
+OWN: Layout = (0, 0)
+
+
+@dataclass(eq=False)
+class Level:
+    """One level of the token space: the map that made it, and how many tokens each slot stands for.
+
+    slot [B, N], keep [B, N'] and source [B, N-N'] int32; size [B, N'] float32, None where every size is 1."""
+
+    number: int
+    parent: Level | None
+    length: Dim
+    size: Value | None = None
+    slot: Value | None = None
+    keep: Value | None = None
+    source: Value | None = None
+    composed: Value | None = None  # slot from level 0, made on demand
+    shifted: dict[tuple[Ends, bool], list[Value]] = field(default_factory=dict)
+    sizes: dict[Ends, Value] = field(default_factory=dict)
+
+    def chain(self) -> list[Level]:
+        """The levels from just above level 0 to this one."""
+        found: list[Level] = []
+        level: Level | None = self
+        while level is not None and level.parent is not None:
+            found.append(level)
+            level = level.parent
+        return found[::-1]
+
+
+class Crossing:
+    """Values at several levels. `current(value)` is what stands for an original value now, at its own level."""
+
+    def __init__(self, graph: Graph, analysis: Analysis, space: TokenSpace) -> None:
+        self.graph = graph
+        self.analysis = analysis
+        self.space = space
+        self.levels = [Level(0, None, space.length)]
+        self.at: dict[Value, Level] = {}
+        self._variants: dict[tuple[Value, int, Layout], Value] = {}
+        self.statistics: dict[str, int] = {}
+        self.cursor: Op | None = None  # what is inserted goes right after it
+
+    # ---- levels --------------------------------------------------------------------------------------
+    @property
+    def ground(self) -> Level:
+        return self.levels[0]
+
+    def level(self, value: Value) -> Level:
+        return self.at.get(value, self.ground)
+
+    def length(self, level: Level, ends: Ends) -> Dim:
+        return level.length - ends[0] - ends[1]
+
+    def put(self, value: Value, level: Level, stands: Value | None = None) -> None:
+        """From now on the original `value` lives at `level`, as `stands` when that is another value."""
+        self.at[value] = level
+        if stands is not None:
+            self._variants[(value, level.number, OWN)] = stands
+
+    def current(self, value: Value) -> Value:
+        return self._variants.get((value, self.level(value).number, OWN), value)
+
+    def count(self, what: str) -> None:
+        self.statistics[what] = self.statistics.get(what, 0) + 1
+
+    # ---- maps ----------------------------------------------------------------------------------------
+    def map_of(self, level: Level, ends: Ends) -> list[Value]:
+        """[slot, keep, source] of the step onto `level`, for the interval `ends` of the space."""
+        assert level.slot is not None and level.keep is not None and level.source is not None
+        if ends == WHOLE:
+            return [level.slot, level.keep, level.source]
+        key = (ends, False)
+        if key not in level.shifted:
+            attrs = {"start": ends[0], "stop": ends[1]}
+            level.shifted[key] = self.insert("shift_map", [level.slot, level.keep, level.source], attrs)
+        return level.shifted[key]
+
+    def size_of(self, level: Level, ends: Ends) -> Value | None:
+        if level.size is None or ends == WHOLE:
+            return level.size
+        if ends not in level.sizes:
+            attrs = {"start": ends[0], "stop": ends[1]}
+            level.sizes[ends] = self.insert("range_size", [level.size], attrs)[0]
+        return level.sizes[ends]
+
+    def composed_slot(self, level: Level, ends: Ends) -> Value:
+        """Slot at `level` of every original token, [B, N] int32."""
+        if level.composed is None:
+            chain = level.chain()
+            below = chain[-2] if len(chain) > 1 else None
+            if below is None:
+                level.composed = level.slot
+            else:
+                first = self.composed_slot(below, WHOLE)
+                level.composed = self.insert("compose_slots", [first, level.slot], {})[0]
+        assert level.composed is not None and level.keep is not None and level.source is not None
+        if ends == WHOLE:
+            return level.composed
+        key = (ends, True)
+        if key not in level.shifted:
+            attrs = {"start": ends[0], "stop": ends[1]}
+            level.shifted[key] = self.insert("shift_map", [level.composed, level.keep, level.source], attrs)
+        return level.shifted[key][0]
+
+    def insert(self, op: str, inputs: list[Value | None], attrs: dict[str, object]) -> list[Value]:
+        self.count(op)
+        outputs = self.graph.insert(op, inputs, attrs, after=self.cursor)
+        self.cursor = outputs[0].producer
+        return outputs
+
+    # ---- across --------------------------------------------------------------------------------------
+    def get(self, value: Value, level: Level, op: Op) -> Value:
+        """`value`, an operand of `op`, at `level`; made at the cursor if it does not exist yet."""
+        mine = self.level(value)
+        if mine is level or not self.analysis.token_axes(self.space, value):
+            return self.current(value)
+        layout = self._layout(value, op)
+        if level is self.ground:
+            return self.restored(value)
+        layout = self._layout(value, op)
+        if mine in [self.ground, *level.chain()]:
+            return self._lifted(value, self.current(value), mine, level, op, layout)
+        return self._lifted(value, self.restored(value), self.ground, level, op, layout)
+
+    def _layout(self, value: Value, op: Op) -> Layout:
+        """The rank and batch axis that `value` must have to meet the other operands of `op`."""
+        own = self.analysis.batch_axis(self.space, value)
+        if own is not None or not self.space.batch:
+            return value.rank, -1 if own is None else own
+        if op.kind == "attention":
+            q = op.inputs[0]
+            assert q is not None
+            return q.rank, 0
+        for out in op.outputs:
+            axis = self.analysis.batch_axis(self.space, out)
+            if axis is None or op.kind != "elementwise":
+                continue
+            if out.rank - axis <= value.rank:
+                return value.rank, axis - (out.rank - value.rank)
+            return out.rank, axis
+        raise Refused(
+            f"%{value.name} has no batch axis, and {op.target} (%{op.name}) does not say where one would go"
+        )
+
+    def _lifted(
+        self, value: Value, stands: Value, mine: Level, level: Level, op: Op, layout: Layout
+    ) -> Value:
+        axes = self.analysis.token_axes(self.space, value)
+        features = len(axes) == 1 and self.analysis.is_content(self.space, value)
+        if op.kind == "attention" and op.operand(3) is value:
+            features = False
+        if features and self.space.batch and self.analysis.batch_axis(self.space, value) is None:
+            raise Refused(
+                f"{op.target} (%{op.name}) reads %{value.name}, features of the tokens that have no batch axis"
+            )
+        chain = level.chain()
+        for step in chain[chain.index(mine) + 1 :] if mine in chain else chain:
+            key = (value, step.number, layout)
+            if key not in self._variants:
+                crossed = self._merged if features else self._selected
+                self._variants[key] = crossed(stands, axes, step, value.rank, layout)
+            stands = self._variants[key]
+        return stands
+
+    def _merged(
+        self, x: Value, axes: list[tuple[int, Ends]], step: Level, own_rank: int, layout: Layout
+    ) -> Value:
+        """Features across one cut: the mean of each slot, weighted by size."""
+        assert step.parent is not None
+        axis, ends = axes[0]
+        size = self.size_of(step.parent, ends)
+        attrs = {"axis": axis, "batch_axis": layout[1]}
+        return self.insert("merge_tokens", [x, size, *self.map_of(step, ends)], attrs)[0]
+
+    def _selected(
+        self, x: Value, axes: list[tuple[int, Ends]], step: Level, own_rank: int, layout: Layout
+    ) -> Value:
+        """Positions, masks, ids and pairwise biases across one cut: the rows of the kept tokens."""
+        rank, batch_axis = layout
+        for axis, ends in axes:
+            keep = self.map_of(step, ends)[1]
+            attrs = {"axis": axis + rank - own_rank, "rank": rank, "batch_axis": batch_axis}
+            x = self.insert("select_tokens", [x, keep], attrs)[0]
+        return x
+
+    def restored(self, value: Value) -> Value:
+        """`value` with a row for every original token: each takes the row of its slot."""
+        key = (value, 0, OWN)
+        found = self._variants.get(key)
+        if found is None:
+            level = self.level(value)
+            found = self.current(value)
+            batch = self.analysis.batch_axis(self.space, value)
+            if self.space.batch and batch is None:
+                raise Refused(f"%{value.name} must be restored to all tokens and has no batch axis")
+            for axis, ends in self.analysis.token_axes(self.space, value):
+                slot = self.composed_slot(level, ends)
+                attrs = {"axis": axis, "batch_axis": -1 if batch is None else batch}
+                found = self.insert("restore_tokens", [found, slot], attrs)[0]
+            self._variants[key] = found
+        return found
