@@ -64,7 +64,7 @@ def elision_backend(
         inductor = _inductor(mode, theirs, name)
         if not pipeline:
             return inductor(gm, example_inputs)
-        lowered = run_passes(gm, example_inputs, pipeline, ours, fragment_of(gm, options))
+        lowered = run_passes(gm, example_inputs, pipeline, ours, fragment_of(gm))
     except ElisionError as error:
         raise through_dynamo(error, sys._getframe()) from error.__cause__
     if lowered is None:

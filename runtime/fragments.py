@@ -4,22 +4,18 @@ breaks."""
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-
-MEMORY = 64
-"""torch.compile calls remembered at a time."""
 
 
 @dataclass
 class Call:
-    """What is known about one model under one torch.compile call, over all the graphs it has led to."""
+    """What is known about one torch.compile call, over all the graphs it has led to."""
 
-    options: Any  # kept alive, so that its id stays its own
     any_matched: bool = False
     complained: bool = False
 
@@ -45,48 +41,50 @@ class Fragment:
         return first
 
 
-_calls: OrderedDict[tuple[int, CodeType | None], Call] = OrderedDict()
+_calls: WeakKeyDictionary[Any, Call] = WeakKeyDictionary()
 
 
-def fragment_of(gm: torch.fx.GraphModule, options: Any) -> Fragment:
-    """Where `gm` stands in its model. `options` is the dict given to torch.compile; it and the outermost
-    compiled function tell the graphs of different models apart."""
+def fragment_of(gm: torch.fx.GraphModule) -> Fragment:
+    """Where `gm`, the graph that Dynamo compiles at this moment, stands in its model."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = bool(getattr(reason, "graph_break", False))
-    code, root = _code_and_root()
+    code, root, function = _surroundings()
     # The model has gone by when its outermost function ends with this graph.
     is_last = not broken and code is root
-    why = f"graph break: {getattr(reason, 'reason', '')}" if broken else "it comes after a graph break"
-    return Fragment(_call(options, root), is_last, " ".join(why.split())[:160])
+    why = "it comes after a graph break"
+    if broken:
+        why = "graph break: " + str(getattr(reason, "reason", "")).strip().split("\n")[0]
+    return Fragment(_call(function), is_last, why[:160])
 
 
-def _call(options: Any, root: CodeType | None) -> Call:
-    key = (id(options), root)
-    call = _calls.get(key)
-    if call is None:
-        call = _calls[key] = Call(options)
-        while len(_calls) > MEMORY:
-            _calls.popitem(last=False)
-    return call
+def _call(function: Any) -> Call:
+    """The record of a torch.compile call, known by the function that it wraps."""
+    try:
+        return _calls.setdefault(function, Call())
+    except TypeError:  # not hashable, or no weak references to it
+        return Call()
 
 
-def _code_and_root() -> tuple[CodeType | None, CodeType | None]:
-    """(the user's code that is being compiled, the outermost compiled code that is running): the same object
-    when the model's own function is being compiled, from its start or from a graph break on."""
+def _surroundings() -> tuple[CodeType | None, CodeType | None, Any]:
+    """(the user's code that is being compiled, the outermost compiled code that is running, what
+    torch.compile wraps). The first two are one object when the model's own function is being compiled, from
+    its start or from a graph break on."""
     from torch._dynamo.convert_frame import orig_code_map
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         code = _original(InstructionTranslator.current_tx().output.root_tx.f_code)
     except (AttributeError, LookupError):
-        return None, None  # called by hand, outside Dynamo
+        return None, None, None  # called by hand, outside Dynamo
     root = code
     frame = sys._getframe()
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            return code, root, frame.f_locals.get("fn")
         if frame.f_code in orig_code_map:
             root = _original(orig_code_map[frame.f_code])
         frame = frame.f_back
-    return code, root
+    return code, root, None
 
 
 def _original(code: CodeType) -> CodeType:
