@@ -76,7 +76,7 @@ class ZooModel:
         The batch is one named axis over all inputs. With lengths everything is AUTO: export may then find
         that an axis is fixed; that is the model's doing."""
         auto = torch.export.Dim.AUTO
-        batch = auto if lengths else torch.export.Dim("batch", min=1, max=64)
+        batch = auto if lengths else torch.export.Dim("batch", min=1, max=32)
         specs: list[dict[int, Any]] = []
         for name in self.inputs(2):
             axes = self.dynamic.get(name, (0,))
