@@ -17,7 +17,8 @@ from .ir.graph import Graph
 
 _NAME = re.compile(r"%[^\s,(){}]+")
 _DEFINED = re.compile(r"(%[^\s,(){}]+): [\w?]+(?=\[|,| |$)")
-_SHAPE = re.compile(r": (\w+)\[([^\]]*)\]")
+# Where lengths stand: in types, and in literal operands such as the target of an ONNX Reshape.
+_SHAPE = re.compile(r"(: \w+|\(|, )\[((?<=\w\[)[^\]]*|-?\d+(?:, -?\d+)*)\]")
 _LARGEST = 20_000  # lines; beyond, only values of the same name are matched
 
 
@@ -60,11 +61,8 @@ def diff_graphs(
 
 def counts(changes: Sequence[Change]) -> dict[str, int]:
     """How many operations were removed, added and given other lengths."""
-    return {
-        "removed": sum(c.mark == "-" for c in changes),
-        "added": sum(c.mark == "+" for c in changes),
-        "resized": sum(c.mark == "~" for c in changes),
-    }
+    marks = [c.mark for c in changes if " = " in c.text]
+    return {"removed": marks.count("-"), "added": marks.count("+"), "resized": marks.count("~")}
 
 
 # ---- matching -----------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ def _named_key(line: str) -> str:
 def _nameless_key(line: str, defined: set[str]) -> str:
     """The line without lengths and without the names of computed values. Weights keep their names: they are
     what tells the blocks of a model apart."""
-    line = _SHAPE.sub(r": \1", line)
+    line = _SHAPE.sub(r"\1", line)
     return _NAME.sub(lambda m: "%" if m.group().removesuffix(":") in defined else m.group(), line)
 
 
@@ -127,7 +125,7 @@ def _renamed(line: str, names: dict[str, str]) -> str:
 def _pair(old: str, new: str) -> list[Change]:
     if old == new:
         return [Change(" ", old)]
-    if _SHAPE.sub(r": \1", old) != _SHAPE.sub(r": \1", new):
+    if _SHAPE.sub(r"\1", old) != _SHAPE.sub(r"\1", new):
         return [Change("-", old), Change("+", new)]
     shapes = iter(_SHAPE.findall(old))
     seen: list[str] = []
@@ -136,10 +134,10 @@ def _pair(old: str, new: str) -> list[Change]:
         dims, others = next(shapes)[1].split(", "), match.group(2).split(", ")
         if len(dims) != len(others):
             seen.append(f"[{', '.join(dims)}] -> [{', '.join(others)}]")
-            return f": {match.group(1)}[{', '.join(dims)} -> {', '.join(others)}]"
+            return f"{match.group(1)}[{', '.join(dims)} -> {', '.join(others)}]"
         parts = [a if a == b else f"{a} -> {b}" for a, b in zip(dims, others)]
         seen.extend(p for p in parts if " -> " in p)
-        return f": {match.group(1)}[{', '.join(parts)}]"
+        return f"{match.group(1)}[{', '.join(parts)}]"
 
     return [Change("~", _SHAPE.sub(arrow, new), ", ".join(dict.fromkeys(seen)))]
 

@@ -20,6 +20,7 @@ Passes = str | Pass | type[Pass] | Sequence["str | Pass | type[Pass]"]
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _DEPTH = 16  # of lists; deeper is certainly a mistake, and recursion stays bounded
 _DIGITS = 300  # of a number, below Python's own limit on integer texts
@@ -105,12 +106,10 @@ class _Reader:
         try:
             return known[name](**given)
         except PipelineError as error:
-            # make_options names the offending option; a range error may concern several of them.
-            named = [place for option, place in places.items() if f"option {option} " in f"{error} "]
-            unknown = [
-                place for option, place in places.items() if f"unknown option {option!r}" in str(error)
-            ]
-            raise self.fail(str(error), (unknown or named or [start])[0]) from None
+            # The message names the option (or several) at fault; point at the first of them in the text.
+            said = set(_WORD.findall(str(error).removeprefix(f"{name}: ")))
+            named = [place for option, place in places.items() if option in said]
+            raise self.fail(str(error), (named or [start])[0]) from None
 
     def options(self, owner: str) -> tuple[dict[str, Any], dict[str, int]]:
         opened = self.at
