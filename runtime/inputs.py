@@ -106,7 +106,7 @@ def _check(value: Value, array: np.ndarray, lengths: dict[str, tuple[int, str]])
                 )
 
 
-def made_up_feeds(graph: Graph) -> dict[str, np.ndarray] | None:
+def made_up_feeds(graph: Graph, batch: int | None = None) -> dict[str, np.ndarray] | None:
     """Inputs for a model whose user gave none: normal noise, zeros for ids, ones for masks. None when the
     rank of an input is not known, or an axis other than the first is symbolic (a guess would hardly be
     valid)."""
@@ -115,7 +115,7 @@ def made_up_feeds(graph: Graph) -> dict[str, np.ndarray] | None:
     for value in graph.inputs:
         if value.shape is None or any(_symbolic(dim) for dim in value.shape[1:]):
             return None
-        shape = tuple(BATCH if _symbolic(dim) else int(dim) for dim in value.shape)
+        shape = tuple((batch or BATCH) if _symbolic(dim) else int(dim) for dim in value.shape)
         if int(np.prod(shape)) > 1 << 28:
             return None
         array = made_up(generator, value.dtype, shape)
