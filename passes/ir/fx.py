@@ -1,13 +1,13 @@
 """The graph view of torch.fx: the level of `torch.export.export` before decomposition.
 
 The host graph is one flat `fx.GraphModule`: parameters and buffers are `get_attr` nodes that point at the
-original tensors (so training and shared weights keep working), or placeholders when Dynamo lifted them. Every
-node carries `meta['val']`, a fake tensor or a symbolic number. The view (`ops`, `inputs`, `outputs`) is built in
-one walk and kept in step by the editing primitives.
+original tensors (so training and shared weights keep working), or placeholders when Dynamo lifted them.
+Every node carries `meta['val']`, a fake tensor or a symbolic number. The view (`ops`, `inputs`, `outputs`) is
+built in one walk and kept in step by the editing primitives.
 
-What the view shows: every call but three sorts. `getitem` is absorbed into its producer's outputs; runtime checks
-(`_assert_scalar`, `sym_constrain_range`) and grad or autocast switches stay in the host graph only. Arithmetic on
-lengths is `elementwise` on rank-0 integers.
+What the view shows: every call but three sorts. `getitem` is absorbed into its producer's outputs; runtime
+checks (`_assert_scalar`, `sym_constrain_range`) and grad or autocast switches stay in the host graph only.
+Arithmetic on lengths is `elementwise` on rank-0 integers.
 """
 
 from __future__ import annotations
@@ -22,34 +22,23 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from ...kernels import ops as _dialect  # noqa: F401  (importing it registers torch.ops.elision)
 from ..errors import ElisionError, VerificationError
-from . import fx_lengths, fx_ops, fx_prepare
-from .graph import Dim, Graph, Op, Shape, Value
-
-_NUMBER_DTYPES = {
-    torch.SymInt: "int64",
-    int: "int64",
-    torch.SymFloat: "float64",
-    float: "float64",
-    torch.SymBool: "bool",
-    bool: "bool",
-}
+from . import fx_call, fx_lengths, fx_nodes, fx_prepare
+from .fx_view import FxView
+from .graph import Op, Value
 
 
-class FxGraph(Graph):
+class FxGraph(FxView):
     """A `Graph` over an `fx.GraphModule`. Build one with `trace`, `from_export` or `from_module`."""
-
-    host = "fx"
 
     def __init__(self, module: fx.GraphModule) -> None:
         """A view of `module`, which must be prepared (see fx_prepare) and which this object then owns."""
         self.module = module
         self.extra_outputs: list[str] = []
-        mode = fx_prepare.fake_mode_of(module)
+        mode = fx_nodes.fake_mode_of(module)
         if mode is None:
             raise ElisionError("the graph carries no fake values (node.meta['val'])")
         self._mode = mode
@@ -77,9 +66,10 @@ class FxGraph(Graph):
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         # program.module() refuses train() and eval(); a plain GraphModule over the same tensors does not.
-        plain = fx.GraphModule(module, _copy_graph(module.graph))
+        plain = fx.GraphModule(module, fx_nodes.copy_graph(module.graph))
         plain.train(module.training)
-        return cls(fx_prepare.prepare(plain))
+        fx_prepare.prepare(plain)
+        return cls(plain)
 
     @classmethod
     def from_module(cls, module: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> Self:
@@ -87,7 +77,7 @@ class FxGraph(Graph):
 
         `node.meta['val']` must be set. Placeholders are inputs unless `meta['elision_origin']` says otherwise
         or the example input is a Parameter. `module` itself is left as it was."""
-        plain = fx.GraphModule(module, _copy_graph(module.graph))
+        plain = fx.GraphModule(module, fx_nodes.copy_graph(module.graph))
         plain.train(module.training)
         holders = [n for n in plain.graph.nodes if n.op == "placeholder"]
         for node, example in zip(holders, example_inputs or ()):
@@ -95,7 +85,8 @@ class FxGraph(Graph):
                 node.meta.setdefault("elision_origin", "parameter")
             if isinstance(example, torch.Tensor) and not hasattr(example, "fake_mode"):
                 node.meta.setdefault("elision_tensor", example)
-        return cls(fx_prepare.prepare(plain))
+        fx_prepare.prepare(plain)
+        return cls(plain)
 
     def to_module(self) -> fx.GraphModule:
         """The graph as a module of its own, with the original call signature and output structure.
@@ -103,7 +94,7 @@ class FxGraph(Graph):
         After `add_output` it returns `(original output, extra, ...)`. Tensors are shared with this graph;
         later edits of the graph do not reach the module. As with torch.export, train() and eval() do not
         change dropout or batch norm: the mode of tracing is written into the graph."""
-        module = fx.GraphModule(self.module, _copy_graph(self.module.graph))
+        module = fx.GraphModule(self.module, fx_nodes.copy_graph(self.module.graph))
         module.train(self.module.training)
         return module
 
@@ -125,161 +116,12 @@ class FxGraph(Graph):
         structure = pytree.tree_structure((tuple(args), kwargs or {}))
         shapes, named = pytree.tree_unflatten(specs, structure)
         if named:
-            names = list(_parameter_names(module, len(args)))
+            names = list(fx_nodes.parameter_names(module, len(args)))
             shapes = {**dict(zip(names, shapes)), **named}
         return torch.export.export(module, tuple(args), kwargs, dynamic_shapes=shapes, strict=False)
 
-    def _build(self) -> None:
-        self.ops = []
-        self.inputs = []
-        self._values: dict[fx.Node, Value] = {}
-        self._ops: dict[fx.Node, Op] = {}
-        self._paths: dict[Op, list[fx_ops.Path]] = {}
-        self._regions: dict[fx.Node, tuple[Any, ...]] = {}
-        region: list[tuple[Any, ...]] = []
-        for node in self.module.graph.nodes:
-            if node.op == "placeholder":
-                self._add_placeholder(node)
-            elif node.op == "get_attr":
-                tensor = fx_prepare.fetch(self.module, node.target)
-                if isinstance(tensor, torch.Tensor):
-                    parameter = isinstance(tensor, torch.nn.Parameter)
-                    self._new_value(node, "parameter" if parameter else "constant")
-            elif node.op == "call_function":
-                name = fx_ops.target_name(node.target)
-                if name in fx_ops.SWITCHES:
-                    _follow_region(region, node, name)
-                elif name not in fx_ops.CHECKS and not self._absorb_getitem(node):
-                    self._add_op(node, len(self.ops))
-                    if region:
-                        self._regions[node] = region[-1]
-            elif node.op != "output":
-                raise ElisionError(f"{node.name}: a {node.op} node has no place in a flat graph")
-        self._read_outputs()
-
-    def _add_placeholder(self, node: fx.Node) -> None:
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) and type(value) not in _NUMBER_DTYPES:
-            return  # None, strings and the like
-        made = self._new_value(node, node.meta.get("elision_origin", "input"))
-        if isinstance(value, torch.Tensor) and made.origin == "input":
-            self.inputs.append(made)
-
-    def _new_value(self, node: fx.Node, origin: str) -> Value:
-        shape, dtype = _type_of(node.meta.get("val"))
-        value = Value(node.name, shape, dtype, origin=origin, raw=node)
-        self._values[node] = value
-        return value
-
-    def _absorb_getitem(self, node: fx.Node) -> bool:
-        if node.target is not operator.getitem or not isinstance(node.args[1], int):
-            return False
-        op = self._ops.get(node.args[0])  # type: ignore[arg-type]
-        if op is None:
-            return False
-        if not isinstance(node.args[0].meta.get("val"), list | tuple):  # type: ignore[union-attr]
-            return False
-        value = op.outputs[node.args[1]]
-        if value.raw is None:
-            value.name, value.raw = node.name, node
-        self._values[node] = value
-        return True
-
-    def _add_op(self, node: fx.Node, position: int) -> Op:
-        value = node.meta.get("val")
-        op = Op("unknown", fx_ops.target_text(node.target), node.name, [], [], {}, raw=node)
-        if isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                shape, dtype = _type_of(item)
-                op.outputs.append(Value(f"{node.name}.{index}", shape, dtype, op, index))
-        else:
-            shape, dtype = _type_of(value)
-            op.outputs.append(Value(node.name, shape, dtype, op, 0, raw=node))
-            self._values[node] = op.outputs[0]
-        self._ops[node] = op
-        self.ops.insert(position, op)
-        self._describe(op)
-        return op
-
-    def _describe(self, op: Op) -> None:
-        """Fill in kind, operands, attributes and users from the host's node."""
-        for value in {id(v): v for v in [*op.inputs, *op.shape_inputs] if v is not None}.values():
-            value.users[:] = [(o, i) for o, i in value.users if o is not op]
-        node: fx.Node = op.raw
-        spec = fx_ops.describe(node)
-        call = fx_ops.Call(node)
-        op.kind = spec.kind
-        op.attrs = {k: self._values[v] if isinstance(v, fx.Node) else v for k, v in spec.attrs.items()}
-        self._paths[op] = spec.operands
-        op.inputs = []
-        used: set[fx.Node] = set()
-        for index, (name, place) in enumerate(spec.operands):
-            operand = call[name] if place is None or call[name] is None else call[name][place]
-            if isinstance(operand, fx.Node):
-                used.add(operand)
-                value = self._values[operand]
-                value.users.append((op, index))
-                op.inputs.append(value)
-            else:
-                op.inputs.append(None)
-        rest = [n for n in node.all_input_nodes if n not in used and n in self._values]
-        op.shape_inputs = [self._values[n] for n in rest]
-
-    def _read_outputs(self) -> None:
-        leaves = self._output_leaves()
-        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and self._is_tensor(leaf)]
-        self._output_slots = tensors
-        self.outputs = [self._values[leaves[i]] for i in tensors]
-
-    def _is_tensor(self, node: fx.Node) -> bool:
-        return isinstance(node.meta.get("val"), torch.Tensor)
-
-    def _output_node(self) -> fx.Node:
-        return self.module.graph.output_node()
-
-    def _output_leaves(self) -> list[Any]:
-        return pytree.tree_leaves(self._output_node().args[0], is_leaf=_is_node)
-
-    # ---- reading -------------------------------------------------------------------------------------
-    def tensor(self, value: Value) -> torch.Tensor | None:
-        """The tensor of a parameter or constant; None when `value` is computed, or has no data here."""
-        node = value.raw
-        if not isinstance(node, fx.Node):
-            return None
-        if node.op == "get_attr":
-            found = fx_prepare.fetch(self.module, node.target)
-        else:
-            found = node.meta.get("elision_tensor") if value.origin in ("parameter", "constant") else None
-        return found if isinstance(found, torch.Tensor) else None
-
-    def constant_value(self, value: Value) -> np.ndarray | None:
-        tensor = self.tensor(value)
-        if tensor is None or hasattr(tensor, "fake_mode"):
-            return None
-        with unset_fake_temporarily():
-            tensor = tensor.detach().cpu()
-            if tensor.dtype == torch.bfloat16:
-                import ml_dtypes
-
-                return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            return tensor.numpy()
-
-    def text(self) -> list[str]:
-        lines = [f"{value!r} = input" for value in self.inputs]
-        lines += [self._line(op) for op in self.ops]
-        lines.append("return " + ", ".join(f"%{v.name}" for v in self.outputs))
-        return lines
-
-    def _line(self, op: Op) -> str:
-        operands = ", ".join("none" if v is None else f"%{v.name}" for v in op.inputs)
-        if op.shape_inputs:
-            operands += (", " if operands else "") + "by " + ", ".join(f"%{v.name}" for v in op.shape_inputs)
-        attrs = ", ".join(f"{k}={_attribute_text(v)}" for k, v in op.attrs.items() if v is not None)
-        left = ", ".join(map(repr, op.outputs))
-        return f"{left} = {op.target}({operands})" + (f" {{{attrs}}}" if attrs else "")
-
     def copy(self) -> FxGraph:
-        module = fx.GraphModule(self.module, _copy_graph(self.module.graph))
+        module = fx.GraphModule(self.module, fx_nodes.copy_graph(self.module.graph))
         module.train(self.module.training)
         twin = type(self)(module)
         twin.extra_outputs = list(self.extra_outputs)
@@ -291,42 +133,14 @@ class FxGraph(Graph):
             self._runner = self.to_module()
         return self._runner(*args, **kwargs)
 
-    def verify(self) -> None:
-        """Lint the graph, recompute every fake value and compare; raise VerificationError.
-
-        Also raised when recomputing pinned a dynamic axis to one length."""
-        graph = self.module.graph
-        try:
-            graph.lint()
-        except RuntimeError as error:
-            raise VerificationError(f"broken graph: {error}") from error
-        shape_env = self._mode.shape_env
-        pinned = dict(shape_env.replacements) if shape_env is not None else {}
-        for node in graph.nodes:
-            if node.op != "call_function" or node not in self._ops:
-                continue
-            if node.meta.get("unbacked_bindings"):
-                continue  # every evaluation would invent a new symbol
-            try:
-                found = self._evaluate(node)
-            except Exception as error:
-                raise VerificationError(f"{self._ops[node]!r}: {_first_line(error)}") from error
-            problem = _difference(node.meta.get("val"), found)
-            if problem:
-                raise VerificationError(f"{self._ops[node]!r}: {problem}")
-        self._check_pinned(pinned)
-
-    def _check_pinned(self, before: dict[Any, Any]) -> None:
-        shape_env = self._mode.shape_env
-        if shape_env is None:
-            return
-        for symbol, replacement in shape_env.replacements.items():
-            if symbol not in before and sympy.sympify(replacement).is_number:
-                raise VerificationError(f"the dynamic length {symbol} would be fixed to {replacement}")
-
     # ---- editing -------------------------------------------------------------------------------------
     def insert(
-        self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any] | None = None, *, after: Op | None
+        self,
+        op: str,
+        inputs: Sequence[Value | None],
+        attrs: dict[str, Any] | None = None,
+        *,
+        after: Op | None,
     ) -> list[Value]:
         """Insert `torch.ops.elision.<op>` after `after`. Attributes go by name; besides numbers and strings
         they may be a rank-0 Value or a sympy expression over the graph's dynamic lengths."""
@@ -360,7 +174,7 @@ class FxGraph(Graph):
         except Exception as error:
             graph.erase_node(node)
             raise VerificationError(
-                f"{fx_ops.target_text(target)} cannot take its operands: {_first_line(error)}"
+                f"{fx_call.target_text(target)} cannot take its operands: {fx_nodes.first_line(error)}"
             ) from error
         self._changed()
         made = self._add_op(node, position)
@@ -411,7 +225,7 @@ class FxGraph(Graph):
             node.update_arg(name, new)
         else:
             if place is not None:
-                items = list(fx_ops.Call(node)[name])
+                items = list(fx_call.Call(node)[name])
                 items[place] = new
                 new = items
             fx_lengths.set_argument(node, name, new)
@@ -447,7 +261,7 @@ class FxGraph(Graph):
 
     def _set_output_leaves(self, leaves: list[Any]) -> None:
         output = self._output_node()
-        spec = pytree.tree_structure(output.args[0], is_leaf=_is_node)
+        spec = pytree.tree_structure(output.args[0], is_leaf=fx_nodes.is_node)
         output.args = (pytree.tree_unflatten(leaves, spec),)
         self._changed()
 
@@ -477,14 +291,14 @@ class FxGraph(Graph):
         try:
             found = self._evaluate(node)
         except Exception as error:
-            raise VerificationError(f"{op!r}: {_first_line(error)}") from error
+            raise VerificationError(f"{op!r}: {fx_nodes.first_line(error)}") from error
         node.meta["val"] = found
         node.meta.pop("tensor_meta", None)
         items = found if isinstance(found, list | tuple) else [found]
         if len(items) != len(op.outputs):
             raise VerificationError(f"{op!r}: now has {len(items)} outputs, had {len(op.outputs)}")
         for value, item in zip(op.outputs, items):
-            value.shape, value.dtype = _type_of(item)
+            value.shape, value.dtype = fx_nodes.type_of(item)
         for user in node.users:
             if user.target is operator.getitem and user in self._values:
                 user.meta["val"] = items[user.args[1]]  # type: ignore[index,call-overload]
@@ -515,7 +329,7 @@ class FxGraph(Graph):
     def remove_dead(self) -> int:
         """Remove ops that reach no output and write nothing. Checks go when what they check is gone."""
         graph = self.module.graph
-        live = _live_nodes(graph)
+        live = fx_nodes.live_nodes(graph)
         dead = [n for n in reversed(graph.nodes) if n not in live and n.op in ("call_function", "get_attr")]
         removed: set[int] = set()
         for node in dead:
@@ -553,7 +367,10 @@ class FxGraph(Graph):
             graph = self.module.graph
             with graph.inserting_after(node):
                 item = graph.create_node(
-                    "call_function", operator.getitem, (node, value.index), name=value.name.replace(".", "_out")
+                    "call_function",
+                    operator.getitem,
+                    (node, value.index),
+                    name=value.name.replace(".", "_out"),
                 )
             item.meta["val"] = node.meta["val"][value.index]
             value.raw, value.name = item, item.name
@@ -575,116 +392,13 @@ class FxGraph(Graph):
     def _evaluate(self, node: fx.Node) -> Any:
         region = self._regions.get(node)
         if region is None:
-            return fx_prepare.evaluate(node, self._mode)
+            return fx_nodes.evaluate(node, self._mode)
         device, dtype, enabled, cache = region
         with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
-            return fx_prepare.evaluate(node, self._mode)
+            return fx_nodes.evaluate(node, self._mode)
 
     def _device(self) -> torch.device:
         for value in [*self.inputs, *(v for op in self.ops for v in op.outputs)]:
             if isinstance(value.raw, fx.Node) and isinstance(value.raw.meta.get("val"), torch.Tensor):
                 return value.raw.meta["val"].device
         return torch.device("cpu")
-
-
-# ---- helpers -----------------------------------------------------------------------------------------
-def _is_node(item: Any) -> bool:
-    return isinstance(item, fx.Node)
-
-
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy whose nodes keep their names and fake values; tensors are not copied."""
-    twin = fx.Graph(tracer_cls=graph._tracer_cls)
-    twin._codegen = copy.copy(graph._codegen)
-    mapped: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        mapped[node] = twin.node_copy(node, lambda n: mapped[n])
-    return twin
-
-
-def _type_of(value: Any) -> tuple[Shape | None, str]:
-    if isinstance(value, torch.Tensor):
-        return fx_ops.as_shape(value), fx_ops.dtype_name(value.dtype)
-    return ((), _NUMBER_DTYPES[type(value)]) if type(value) in _NUMBER_DTYPES else (None, "none")
-
-
-def _follow_region(region: list[tuple[Any, ...]], node: fx.Node, name: str) -> None:
-    if name.endswith("_enter_autocast"):
-        region.append(tuple(node.args))
-    elif name.endswith("_exit_autocast"):
-        region.pop()
-
-
-def _attribute_text(value: Any) -> str:
-    if isinstance(value, Value):
-        return f"%{value.name}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_attribute_text(v) for v in value) + "]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _parameter_names(module: fx.GraphModule, count: int) -> list[str]:
-    info = getattr(module.graph._codegen, "pytree_info", None)
-    if info is not None:
-        return [n for n in info.orig_args if n != "self"][:count]
-    return [n.target for n in module.graph.nodes if n.op == "placeholder"][:count]
-
-
-def _same(a: Dim | Any, b: Dim | Any) -> bool:
-    return a is b or statically_known_true(a == b)
-
-
-def _difference(stored: Any, found: Any) -> str:
-    """What differs between two fake results, "" when nothing does."""
-    if isinstance(stored, list | tuple):
-        if not isinstance(found, list | tuple) or len(stored) != len(found):
-            return "the number of outputs changed"
-        return next((d for d in map(_difference, stored, found) if d), "")
-    if isinstance(stored, torch.Tensor):
-        if not isinstance(found, torch.Tensor):
-            return "is no tensor any more"
-        if stored.dtype != found.dtype:
-            return f"dtype is {fx_ops.dtype_name(found.dtype)}, recorded {fx_ops.dtype_name(stored.dtype)}"
-        if len(stored.shape) != len(found.shape) or not all(map(_same, stored.shape, found.shape)):
-            return f"shape is {list(found.shape)}, recorded {list(stored.shape)}"
-    return ""
-
-
-def _writes(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return node.op in ("placeholder", "output")
-    if fx_ops.target_name(node.target) in fx_ops.SWITCHES:
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    live: set[fx.Node] = set()
-    checks: list[fx.Node] = []
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and fx_ops.target_name(node.target) in fx_ops.CHECKS:
-            checks.append(node)
-        elif node in live or _writes(node):
-            live.add(node)
-            live.update(node.all_input_nodes)
-    for check in checks:
-        numbers = _scalar_chain(check)
-        tensors = {n for s in numbers for n in s.all_input_nodes if n not in numbers}
-        if tensors <= live | {n for n in tensors if n.op in ("placeholder", "get_attr")}:
-            live |= numbers | tensors
-    return live
-
-
-def _scalar_chain(check: fx.Node) -> set[fx.Node]:
-    """The check and the arithmetic on numbers that feeds it."""
-    found, queue = {check}, [check]
-    while queue:
-        for node in queue.pop().all_input_nodes:
-            if node not in found and fx_ops.is_symbolic_number(node.meta.get("val")):
-                found.add(node)
-                queue.append(node)
-    return found

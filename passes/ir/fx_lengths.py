@@ -13,7 +13,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..errors import ElisionError
-from . import fx_ops
+from . import fx_call
 from .graph import Dim
 
 
@@ -28,7 +28,7 @@ def length_node(graph: fx.Graph, source: fx.Node, axis: int, before: fx.Node) ->
 def expression(expr: Dim, before: fx.Node) -> tuple[Any, list[fx.Node]]:
     """An argument that computes `expr` (an int where it is static), and the nodes that were put before
     `before` for it, in order. Raises ElisionError when a symbol of `expr` is no input axis."""
-    expr = fx_ops.simplify(expr)
+    expr = fx_call.simplify(expr)
     if isinstance(expr, int):
         return expr, []
     graph = before.graph
@@ -79,7 +79,7 @@ def _materialise(found: Any, before: fx.Node, created: list[fx.Node]) -> fx.Node
 
 
 # ---- arguments that state a length -------------------------------------------------------------------
-Setter = Callable[[fx.Node, "fx_ops.Call", int, Any, Callable[..., Any]], bool]
+Setter = Callable[[fx.Node, "fx_call.Call", int, Any, Callable[..., Any]], bool]
 """(node, call, output axis, length, emit) -> whether an argument was rewritten. `emit(function, *args)`
 computes on lengths: on ints at once, on nodes by a new node before `node`."""
 
@@ -107,7 +107,7 @@ _LISTED = {
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Set an argument by its schema name, wherever the call has it."""
-    for arg in fx_ops.signature(node.target):
+    for arg in fx_call.signature(node.target):
         if arg.name == name and arg.position < len(node.args):
             node.update_arg(arg.position, value)
             return
@@ -118,8 +118,8 @@ def state_length(node: fx.Node, axis: int, length: Any, emit: Callable[..., Any]
     """Rewrite the shape argument of `node` so that its output's `axis` has `length` (an int or a node).
 
     Raises ElisionError for an operator that states no length."""
-    call = fx_ops.Call(node)
-    name = fx_ops.target_name(node.target)
+    call = fx_call.Call(node)
+    name = fx_call.target_name(node.target)
     if name in _FOLLOWS:
         return
     if name in _LISTED:
@@ -150,17 +150,19 @@ def state_length(node: fx.Node, axis: int, length: Any, emit: Callable[..., Any]
         sizes[axis] = length
         set_argument(node, counts, sizes)
     else:
-        raise ElisionError(f"{node.name}: {fx_ops.target_text(node.target)} states no length that could be set")
+        raise ElisionError(
+            f"{node.name}: {fx_call.target_text(node.target)} states no length that could be set"
+        )
 
 
-def _set_arange(node: fx.Node, call: fx_ops.Call, length: Any, emit: Callable[..., Any]) -> None:
+def _set_arange(node: fx.Node, call: fx_call.Call, length: Any, emit: Callable[..., Any]) -> None:
     step = call["step"] if call.has("step") and call["step"] is not None else 1
     start = call["start"] if call.has("start") else 0
     end = length if step == 1 else emit(operator.mul, length, step)
     set_argument(node, "end", end if start == 0 else emit(operator.add, end, start))
 
 
-def _set_slice(node: fx.Node, call: fx_ops.Call, axis: int, length: Any, emit: Callable[..., Any]) -> None:
+def _set_slice(node: fx.Node, call: fx_call.Call, axis: int, length: Any, emit: Callable[..., Any]) -> None:
     if axis != call.axis(call["dim"], call.rank("self")):
         return
     start, step = call["start"] or 0, call["step"] or 1

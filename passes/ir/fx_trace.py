@@ -61,6 +61,8 @@ def _name_placeholders(traced: fx.GraphModule, holders: list[fx.Node], examples:
 
 def _origin(holder: fx.Node, example: Any) -> str:
     static = "_dynamo_static_input_type" in (holder.meta.get("tensor_dict") or {})
-    if isinstance(example, torch.nn.Parameter) or getattr(holder.meta.get("example_value"), "_is_param", False):
+    if isinstance(example, torch.nn.Parameter) or getattr(
+        holder.meta.get("example_value"), "_is_param", False
+    ):
         return "parameter"
     return "constant" if static else "input"

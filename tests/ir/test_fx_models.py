@@ -21,14 +21,31 @@ def tensors(result: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
+# The library itself adds its mask to the bias only while tracing, which rounds differently.
+TRACES_DIFFERENTLY = {"hf_beit"}
+
+
 @pytest.mark.parametrize("name", small_models.MODELS)
 @torch.no_grad()
 def test_view_gives_back_the_model_to_the_bit(name: str) -> None:
     module, args, kwargs = small_models.build(name)
+    program = torch.export.export(module, args, kwargs, strict=False)
+    graph = FxGraph.from_export(program)
+    eager = tensors(module(*args, **kwargs))
+    exported = tensors(program.module()(*args, **kwargs))
+    prepared = fx.GraphModule(graph.module, graph.module.graph)
+    for found in (tensors(graph.to_module()(*args, **kwargs)), tensors(prepared(*args, **kwargs))):
+        assert len(found) == len(exported) == len(eager)
+        assert all(torch.equal(a, b) for a, b in zip(exported, found))
+        if name not in TRACES_DIFFERENTLY:
+            assert all(torch.equal(a, b) for a, b in zip(eager, found))
+        torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", small_models.MODELS)
+def test_every_op_has_a_kind(name: str) -> None:
+    module, args, kwargs = small_models.build(name)
     graph = FxGraph.trace(module, args, kwargs)
-    before = tensors(module(*args, **kwargs))
-    after = tensors(graph.to_module()(*args, **kwargs))
-    assert len(before) == len(after)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert [repr(op) for op in graph.ops_of("unknown")] == []
     graph.verify()
     assert graph.copy().text() == graph.text()

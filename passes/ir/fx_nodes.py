@@ -1,0 +1,159 @@
+"""Helpers on the nodes of an fx graph: copies, fake types, differences, liveness."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from . import fx_call, fx_ops
+from .graph import Dim, Shape, Value
+
+NUMBER_DTYPES = {
+    torch.SymInt: "int64",
+    int: "int64",
+    torch.SymFloat: "float64",
+    float: "float64",
+    torch.SymBool: "bool",
+    bool: "bool",
+}
+
+
+def is_node(item: Any) -> bool:
+    return isinstance(item, fx.Node)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes keep their names and fake values; tensors are not copied."""
+    twin = fx.Graph(tracer_cls=graph._tracer_cls)
+    twin._codegen = copy.copy(graph._codegen)
+    mapped: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapped[node] = twin.node_copy(node, lambda n: mapped[n])
+    return twin
+
+
+def type_of(value: Any) -> tuple[Shape | None, str]:
+    if isinstance(value, torch.Tensor):
+        return fx_call.as_shape(value), fx_call.dtype_name(value.dtype)
+    return ((), NUMBER_DTYPES[type(value)]) if type(value) in NUMBER_DTYPES else (None, "none")
+
+
+def follow_region(region: list[tuple[Any, ...]], node: fx.Node, name: str) -> None:
+    if name.endswith("_enter_autocast"):
+        region.append(tuple(node.args))
+    elif name.endswith("_exit_autocast"):
+        region.pop()
+
+
+def attribute_text(value: Any) -> str:
+    if isinstance(value, Value):
+        return f"%{value.name}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(attribute_text(v) for v in value) + "]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def parameter_names(module: fx.GraphModule, count: int) -> list[str]:
+    info = getattr(module.graph._codegen, "pytree_info", None)
+    if info is not None:
+        return [n for n in info.orig_args if n != "self"][:count]
+    return [n.target for n in module.graph.nodes if n.op == "placeholder"][:count]
+
+
+def same_length(a: Dim | Any, b: Dim | Any) -> bool:
+    return a is b or statically_known_true(a == b)
+
+
+def difference(stored: Any, found: Any) -> str:
+    """What differs between two fake results, "" when nothing does."""
+    if isinstance(stored, list | tuple):
+        if not isinstance(found, list | tuple) or len(stored) != len(found):
+            return "the number of outputs changed"
+        return next((d for d in map(difference, stored, found) if d), "")
+    if isinstance(stored, torch.Tensor):
+        if not isinstance(found, torch.Tensor):
+            return "is no tensor any more"
+        if stored.dtype != found.dtype:
+            return f"dtype is {fx_call.dtype_name(found.dtype)}, recorded {fx_call.dtype_name(stored.dtype)}"
+        if len(stored.shape) != len(found.shape) or not all(map(same_length, stored.shape, found.shape)):
+            return f"shape is {list(found.shape)}, recorded {list(stored.shape)}"
+    return ""
+
+
+def writes(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")
+    if fx_call.target_name(node.target) in fx_ops.SWITCHES:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    live: set[fx.Node] = set()
+    checks: list[fx.Node] = []
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and fx_call.target_name(node.target) in fx_ops.CHECKS:
+            checks.append(node)
+        elif node in live or writes(node):
+            live.add(node)
+            live.update(node.all_input_nodes)
+    for check in checks:
+        numbers = scalar_chain(check)
+        tensors = {n for s in numbers for n in s.all_input_nodes if n not in numbers}
+        if tensors <= live | {n for n in tensors if n.op in ("placeholder", "get_attr")}:
+            live |= numbers | tensors
+    return live
+
+
+def scalar_chain(check: fx.Node) -> set[fx.Node]:
+    """The check and the arithmetic on numbers that feeds it."""
+    found, queue = {check}, [check]
+    while queue:
+        for node in queue.pop().all_input_nodes:
+            if node not in found and fx_call.is_symbolic_number(node.meta.get("val")):
+                found.add(node)
+                queue.append(node)
+    return found
+
+
+def fake_mode_of(module: fx.GraphModule) -> FakeTensorMode | None:
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, list | tuple):
+            value = next((v for v in value if isinstance(v, torch.Tensor)), None)
+        mode = getattr(value, "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def fetch(module: torch.nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    return operator.attrgetter(path)(module)
+
+
+def free_name(module: torch.nn.Module, wanted: str) -> str:
+    wanted = wanted.replace(".", "_")
+    name, count = wanted, 0
+    while hasattr(module, name):
+        count += 1
+        name = f"{wanted}_{count}"
+    return name
+
+
+def evaluate(node: fx.Node, mode: FakeTensorMode) -> Any:
+    """The call's result on its operands' fake values."""
+    args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
