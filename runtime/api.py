@@ -19,6 +19,9 @@ from .files import check_target, write_atomically
 from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
 from .runners import Runner, fx_runner, onnx_runner
 
+NOISY = ("torch.onnx", "torch.export", "torch._subclasses.fake_tensor", "onnxscript", "onnx_ir")
+"""Loggers that tell at length what we tell in one line."""
+
 Notify = Callable[[str], None]
 """Told the name of each step before it starts, for progress displays."""
 
@@ -299,10 +302,10 @@ def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
 @contextlib.contextmanager
 def _quietly(what: str) -> Iterator[None]:
     """Exporters warn and log a lot; what stops them is told in one line."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
