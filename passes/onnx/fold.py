@@ -52,6 +52,62 @@ def fold_shapes(ed: Editor) -> None:
             plain_slice(ed, node)
 
 
+def plain_sizes(ed: Editor) -> None:
+    """Vectors of known lengths and symbols as Concat of constants and `Shape(x)[i:i+1]`, whatever led to them.
+
+    x is always one whose Shape the old computation read as well, so nothing new is kept alive.
+    """
+    for node in list(ed.graph):
+        if node.domain != "" or node.op_type not in ("Concat", "Where", "Mul", "Gather", "Slice", "Max", "Add"):
+            continue
+        out = node.outputs[0]
+        known = ed.env.data.get(out)
+        if known is None or known.ndim != 1 or out.dtype != ir.DataType.INT64 or is_plain_size(ed, node):
+            continue
+        if not (out.uses() and 2 <= known.size <= 8) or out.is_graph_output():
+            continue
+        lengths = lengths_above(ed, node)
+        if not all(isinstance(x, int) or x in lengths for x in known):
+            continue
+        parts: list[ir.Value] = []
+        for x in known:
+            if isinstance(x, int):
+                parts.append(ed.ints([x], "length"))
+            else:
+                source, axis = lengths[x]
+                parts.append(ed.emit("Shape", [source], {"start": axis, "end": axis + 1}, before=node))
+        ed.replace(out, ed.emit("Concat", parts, {"axis": 0}, before=node))
+        ed.count("sizes made plain")
+
+
+def is_plain_size(ed: Editor, node: ir.Node) -> bool:
+    """A Concat of constants and single lengths."""
+    if node.op_type != "Concat":
+        return False
+    shapes = [ed.made_by(v, "Shape") for v in node.inputs if not ed.is_constant(v)]
+    return all(s is not None and s.attributes.get_int("end", -1) >= 0 for s in shapes)
+
+
+def lengths_above(ed: Editor, node: ir.Node) -> dict[Any, tuple[ir.Value, int]]:
+    """The symbols that Shape nodes above `node` read, each with a value and its axis."""
+    found: dict[Any, tuple[ir.Value, int]] = {}
+    queue, seen = [node], {node}
+    while queue and len(seen) < 100:
+        current = queue.pop(0)
+        if current.op_type == "Shape" and current.domain == "":
+            source = current.inputs[0]
+            for axis, length in enumerate(ed.shape(source) or ()):
+                if source is not None and not isinstance(length, int):
+                    found.setdefault(length, (source, axis))
+            continue
+        for value in current.inputs:
+            above = None if value is None else value.producer()
+            if above is not None and above not in seen:
+                seen.add(above)
+                queue.append(above)
+    return found
+
+
 def plain_reshape(ed: Editor, node: ir.Node) -> None:
     """A constant target: lengths, 0 where the operand's axis is copied, one -1."""
     out, x = ed.shape(node.outputs[0]), ed.shape(node.inputs[0])
@@ -66,9 +122,6 @@ def plain_reshape(ed: Editor, node: ir.Node) -> None:
     free = [i for i in open_axes if i not in copied]
     if len(free) > 1:
         return
-    if any(str(out[i]).endswith(f"_d{i}") for i in free):
-        # A length that only the run knows: -1 says it when all else is known, which Reshape's rule has ensured.
-        pass
     parts: list[int] = [0 if i in copied else -1 if i in free else int(d) for i, d in enumerate(out)]  # type: ignore[arg-type]
     if not free and len(copied) == 1 and copied[0] != 0:
         parts[copied[0]] = -1  # the usual spelling

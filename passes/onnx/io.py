@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from ..errors import ModelFileError
 from ..ir.onnx_check import light_proto
+from .lower import lower
 
 PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of weights above which a model is written with an external data file; protobuf itself ends at 2 GiB."""
@@ -27,12 +28,14 @@ MANY = 1_000_000
 """More nodes than this is not a model we open."""
 
 
-def load_model(path: str | os.PathLike[str]) -> ir.Model:
-    """Read an ONNX file. External data stays on the disk until it is asked for.
+def load_model(path: str | os.PathLike[str] | onnx.ModelProto) -> ir.Model:
+    """Read an ONNX file, or take a ModelProto. External data stays on the disk until it is asked for.
 
     Raises ModelFileError, with one line, when the file is missing, unreadable, not ONNX, inconsistent, or
     when its external data lies outside its folder.
     """
+    if isinstance(path, onnx.ModelProto):
+        return from_proto(path)
     file = Path(path)
     try:
         if file.is_dir():
@@ -83,6 +86,9 @@ def deserialise(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.M
                     and folder is not None
                 ):
                     attr.value.base_dir = folder
+        for node in model.graph.all_nodes():
+            if node.domain not in ("", "ai.onnx"):  # onnxruntime does not ask for an import of its own domain
+                model.opset_imports.setdefault(node.domain, 1)
         ensure_order(model, where)
         problem = checked(model)
     except ModelFileError:
@@ -191,8 +197,12 @@ def ensure_order(model: ir.Model, where: str) -> None:
 
 def checked(model: ir.Model) -> str | None:
     """What onnx's checker has against the model; operators it does not know are no objection."""
+    proto = light_proto(model)
+    for info in [*proto.graph.input, *proto.graph.output]:
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.shape.SetInParent()  # onnxruntime does not ask for shapes; the checker does
     try:
-        onnx.checker.check_model(light_proto(model))
+        onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         text = reason(error)
         # Files that ONNX Runtime wrote use some of its own operators under the standard domain.
@@ -216,22 +226,32 @@ def has_external_data(model: ir.Model) -> bool:
     return any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
 
 
-def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """The model as one ModelProto with its weights inside. Raises ModelFileError when they are over 2 GB."""
+def lowered(model: ir.Model, target: str) -> ir.Model:
+    """A copy of `model` in the forms its target runs fastest; `standard` keeps every operator."""
+    clone = model.clone()
+    if target == "onnxruntime":
+        lower(clone)
+    elif target != "standard":
+        raise ModelFileError(f"unknown target '{target}' (known: onnxruntime, standard)")
+    return clone
+
+
+def to_proto(model: ir.Model, target: str = "onnxruntime") -> onnx.ModelProto:
+    """The model as one ModelProto with its weights inside, lowered for `target`; `model` is not changed.
+
+    Raises ModelFileError when the weights are over 2 GB.
+    """
     total = weight_bytes(model)
     if total > PROTOBUF_LIMIT:
-        raise ModelFileError(
-            f"{total / 1e9:.1f} GB of weights do not fit in one message; save the model to a file"
-        )
-    if not has_external_data(model):
-        return ir.to_proto(model)
-    clone = model.clone()
-    ir.external_data.load_to_model(clone)
+        raise ModelFileError(f"{total / 1e9:.1f} GB of weights do not fit in one message; save the model to a file")
+    clone = lowered(model, target)
+    if has_external_data(model):
+        ir.external_data.load_to_model(clone)
     return ir.to_proto(clone)
 
 
-def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write `model` to `path`, whole or not at all.
+def save_model(model: ir.Model, path: str | os.PathLike[str], target: str = "onnxruntime") -> None:
+    """Write `model`, lowered for `target`, to `path`, whole or not at all; `model` is not changed.
 
     Weights go to `<path>.data` when there are more than 1.9 GB of them, or when the model came with external
     data. Raises ModelFileError when the folder is missing or not writable, or when the disk is full.
@@ -249,7 +269,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise ModelFileError(f"{folder}: cannot be written to ({reason(error)})") from None
     try:
-        clone = model.clone()  # saving with external data changes the model it is given
+        clone = lowered(model, target)
         if external:
             ir.save(clone, workplace / file.name, external_data=data_name, size_threshold_bytes=1024)
         else:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import version_converter
@@ -22,6 +23,8 @@ from . import contrib, fold, plain, raise_attention, raise_norms
 from .surgery import Editor
 
 OPSET = 23
+STRAY = "elision.stray"
+"""Where operators that the model's operator set does not have wait while the rest is converted."""
 
 
 @dataclass
@@ -91,6 +94,7 @@ def fold_all(ed: Editor) -> None:
     for _ in range(6):
         before = dict(ed.counts)
         fold.fold_shapes(ed)
+        fold.plain_sizes(ed)
         fold.fold_constants(ed)
         fold.remove_idle(ed)
         ed.sweep()
@@ -106,12 +110,14 @@ def share(ed: Editor) -> None:
 
 
 def tidy(ed: Editor) -> None:
-    """Names for nameless nodes, the inputs and outputs of the model untouched."""
+    """Names for nameless nodes, unique ones for all; the inputs and outputs of the model untouched."""
     common.RemoveUnusedFunctionsPass()(ed.model)
     common.RemoveUnusedOpsetsPass()(ed.model)
+    seen: set[str] = set()
     for index, node in enumerate(ed.graph):
-        if not node.name:
-            node.name = f"{node.op_type}_{index}"
+        if not node.name or node.name in seen:
+            node.name = ed.node_name(node.name or f"{node.op_type}_{index}")
+        seen.add(node.name)
 
 
 def count_nodes(model: ir.Model) -> int:
@@ -154,6 +160,11 @@ def convert(model: ir.Model, report: NormaliseReport) -> None:
     for logger in loggers:
         logger.setLevel(logging.ERROR)  # the converter tells at warning level that it uses onnx's own one
     clone = model.clone()
+    strays = [node for node in clone.graph.all_nodes() if is_stray(node, version)]
+    for node in strays:
+        node.domain = STRAY  # the converter knows nothing of them, and leaves other domains alone
+    if strays:
+        clone.opset_imports[STRAY] = 1
     try:
         version_converter.convert_version(clone, OPSET, fallback=True)
     except Exception as error:
@@ -162,10 +173,20 @@ def convert(model: ir.Model, report: NormaliseReport) -> None:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+    for node in clone.graph.all_nodes():
+        if node.domain == STRAY:
+            node.domain = ""
+    clone.opset_imports.pop(STRAY, None)
     if clone.opset_imports.get("", 0) == OPSET:
         adopt(model, clone)
     else:
         report.notes.append(f"opset {version} kept: no converter to {OPSET} for one of its operators")
+
+
+def is_stray(node: ir.Node, version: int) -> bool:
+    """An operator under the standard domain that the standard has only later, or not at all: onnxruntime, saving
+    a graph that it has optimised, writes such files."""
+    return node.domain == "" and not onnx.defs.has(node.op_type, version, "")
 
 
 def adopt(model: ir.Model, other: ir.Model) -> None:

@@ -22,7 +22,6 @@ def simplify(ed: Editor) -> None:
         "Gemm": plain_gemm,
         "Attention": heads_as_axis,
         "GatherND": plain_gather_nd,
-        "BatchNormalization": keep,
     }
     for node in list(ed.graph):
         if node.domain == "" and node.op_type in rules and node.graph is ed.graph:
@@ -31,10 +30,6 @@ def simplify(ed: Editor) -> None:
             except MALFORMED as error:
                 ed.near_misses.append(f"{ed.label(node)}: {error}")
     ed.sweep()
-
-
-def keep(ed: Editor, node: ir.Node) -> None:
-    """Nothing to do."""
 
 
 def split_slice(ed: Editor, node: ir.Node) -> None:

@@ -17,14 +17,10 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from ..ir.onnx_shapes import broadcast
-from .surgery import Editor
+from .surgery import Declined, Editor
 
 NAN_GUARD = "elision.nan_guard"
 """Metadata on an Attention whose fully masked rows were zero in the source (softmax then Where(isnan, 0))."""
-
-
-class NoMatch(Exception):
-    """Why a softmax is no attention that we can raise."""
 
 
 @dataclass
@@ -46,19 +42,19 @@ def raise_attention(ed: Editor) -> None:
         try:
             raise_one(ed, node)
             ed.count("Attention")
-        except NoMatch as why:
+        except Declined as why:
             ed.near_misses.append(f"attention at {ed.label(node)}: {why}")
     ed.sweep()
 
 
 def raise_one(ed: Editor, softmax: ir.Node) -> None:
-    """Replace the attention around `softmax`, or raise NoMatch before anything is changed."""
+    """Replace the attention around `softmax`, or raise Declined before anything is changed."""
     probabilities = softmax.outputs[0]
     shape = ed.shape(probabilities)
     if shape is None or len(shape) not in (3, 4):
-        raise NoMatch(f"its rank is {'unknown' if shape is None else len(shape)}, not 3 or 4")
+        raise Declined(f"its rank is {'unknown' if shape is None else len(shape)}, not 3 or 4")
     if softmax.attributes.get_int("axis", -1) % len(shape) != len(shape) - 1:
-        raise NoMatch("it is not over the last axis")
+        raise Declined("it is not over the last axis")
     guard, weights = weights_of(ed, probabilities)
     product = ed.user(weights, "MatMul", "Reshape")
     unfolded = False
@@ -66,10 +62,10 @@ def raise_one(ed: Editor, softmax: ir.Node) -> None:
         unfolded = True
         product = ed.user(product.outputs[0], "MatMul")
     if product is None:
-        raise NoMatch("its result is used by something else than one product with the values")
+        raise Declined("its result is used by something else than one product with the values")
     left = product.inputs[0]
     if left is not weights and not unfolded:
-        raise NoMatch("the values stand on the left of the product")
+        raise Declined("the values stand on the left of the product")
     value = product.inputs[1]
     scores = scores_of(ed, softmax)
     q, k, factor = operands_of(ed, scores.product)
@@ -88,7 +84,7 @@ def weights_of(ed: Editor, probabilities: ir.Value) -> tuple[bool, ir.Value]:
         if isnan is not None and where.inputs[2] is probabilities and ed.number(where.inputs[1]) == 0.0:
             return True, where.outputs[0]
     if probabilities.is_graph_output():
-        raise NoMatch("its probabilities are an output of the graph")
+        raise Declined("its probabilities are an output of the graph")
     cast = ed.user(probabilities, "Cast")
     if cast is not None:
         return False, cast.outputs[0]
@@ -106,13 +102,13 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
     for _ in range(12):
         node = None if value is None else value.producer()
         if node is None or value is None:
-            raise NoMatch("its operand is not a product of queries and keys")
+            raise Declined("its operand is not a product of queries and keys")
         if value is not softmax.inputs[0] and not ed.used_once(value):
-            raise NoMatch(f"the scores are used elsewhere too (%{value.name})")
+            raise Declined(f"the scores are used elsewhere too (%{value.name})")
         if node.domain == "" and node.op_type == "MatMul":
             return Scores(node, found["scale"], masks, keep, per_head, reshaped)
         if node.domain != "":
-            raise NoMatch(f"{ed.label(node)} stands between the product and the softmax")
+            raise Declined(f"{ed.label(node)} stands between the product and the softmax")
         if node.op_type in ("Mul", "Div"):
             split = ed.split_constant(node)
             if split is not None and (node.op_type == "Mul" or split[0] is node.inputs[0]):
@@ -121,14 +117,14 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
             elif node.op_type == "Mul" and per_head is None:
                 value, per_head = head_factor(ed, node)
             else:
-                raise NoMatch(f"{ed.label(node)} scales the scores by something that is not a number")
+                raise Declined(f"{ed.label(node)} scales the scores by something that is not a number")
         elif node.op_type == "Add":
             if per_head is not None:
-                raise NoMatch("the mask is added before the scores are scaled per head")
+                raise Declined("the mask is added before the scores are scaled per head")
             value, mask = scores_and_mask(ed, node)
             masks.append(scaled(ed, node, mask, found["scale"]))
         elif node.op_type == "Sub":
-            raise NoMatch("the mask is subtracted")
+            raise Declined("the mask is subtracted")
         elif node.op_type == "Where":
             value, extra, boolean = where_mask(ed, node)
             if boolean is not None and keep is None:
@@ -136,15 +132,15 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
             elif extra is not None:
                 masks.append(scaled(ed, node, extra, found["scale"]))
             else:
-                raise NoMatch("two Where masks")
+                raise Declined("two Where masks")
         elif node.op_type in ("Cast", "Identity"):
             value = node.inputs[0]
         elif node.op_type == "Reshape" and folds_heads(ed, node):
             reshaped = not reshaped
             value = node.inputs[0]
         else:
-            raise NoMatch(f"{ed.label(node)} stands between the product and the softmax")
-    raise NoMatch("no product of queries and keys within reach")
+            raise Declined(f"{ed.label(node)} stands between the product and the softmax")
+    raise Declined("no product of queries and keys within reach")
 
 
 def scaled(ed: Editor, node: ir.Node, mask: ir.Value, scale: float) -> ir.Value:
@@ -164,7 +160,7 @@ def head_factor(ed: Editor, node: ir.Node) -> tuple[ir.Value | None, ir.Value]:
             and shape[-2:] == (1, 1)
         ):
             return x, c
-    raise NoMatch(f"{ed.label(node)} scales the scores by something that is not a number")
+    raise Declined(f"{ed.label(node)} scales the scores by something that is not a number")
 
 
 def scores_and_mask(ed: Editor, node: ir.Node) -> tuple[ir.Value, ir.Value]:
@@ -177,7 +173,7 @@ def scores_and_mask(ed: Editor, node: ir.Node) -> tuple[ir.Value, ir.Value]:
     if right and not left:
         return b, a
     if not left:
-        raise NoMatch(f"neither operand of {ed.label(node)} comes from a product")
+        raise Declined(f"neither operand of {ed.label(node)} comes from a product")
     # Both do: the mask is itself computed by a product (relative positions). Scores have the full shape.
     full = ed.shape(node.outputs[0])
     if ed.shape(a) == full and ed.shape(b) != full:
@@ -223,11 +219,11 @@ def where_mask(ed: Editor, node: ir.Node) -> tuple[ir.Value, ir.Value | None, ir
     assert condition is not None and a is not None and b is not None
     fill_a, fill_b = ed.number(a), ed.number(b)
     if (fill_a is None) == (fill_b is None):
-        raise NoMatch(f"{ed.label(node)} does not choose between scores and one number")
+        raise Declined(f"{ed.label(node)} does not choose between scores and one number")
     scores, fill, inverted = (b, fill_a, True) if fill_a is not None else (a, fill_b, False)
     assert fill is not None
     if fill > -1e4 and not math.isinf(fill):
-        raise NoMatch(f"{ed.label(node)} fills with {fill}, which does not mask")
+        raise Declined(f"{ed.label(node)} fills with {fill}, which does not mask")
     if math.isinf(fill):
         if inverted:
             condition = ed.emit("Not", [condition], before=node)
@@ -265,7 +261,7 @@ def operands_of(ed: Editor, product: ir.Node) -> tuple[ir.Value, ir.Value, float
         return q, direct, factor * inner
     rank = len(ed.shape(transposed) or ())
     if rank < 3:
-        raise NoMatch("the keys have no batch axis")
+        raise Declined("the keys have no batch axis")
     perm = [*range(rank - 2), rank - 1, rank - 2]
     return q, ed.emit("Transpose", [transposed], {"perm": perm}, before=product), factor
 
@@ -315,24 +311,25 @@ def emit_attention(
     mask = joined_mask(ed, softmax, scores, q)
     rank = len(ed.shape(q) or ())
     if len(ed.shape(k) or ()) != rank or len(ed.shape(v) or ()) != rank:
-        raise NoMatch("queries, keys and values differ in rank")
+        raise Declined("queries, keys and values differ in rank")
     if scores.per_head is not None:
         q = ed.emit("Mul", [q, scores.per_head], before=softmax)
     folded = rank == 3
     if rank == 3:
         q, k, v, mask = unfold(ed, softmax, q, k, v, mask)
     elif rank != 4:
-        raise NoMatch(f"queries of rank {rank}")
+        raise Declined(f"queries of rank {rank}")
+    k, v = fewer_heads(ed, k, v)
     shapes = [ed.shape(x) for x in (q, k, v)]
     if any(s is None for s in shapes):
-        raise NoMatch("an operand of unknown shape")
+        raise Declined("an operand of unknown shape")
     lead = [s[:2] for s in shapes if s is not None]
-    if not lead[0] == lead[1] == lead[2]:
-        raise NoMatch(f"queries, keys and values have the leading axes {lead[0]}, {lead[1]} and {lead[2]}")
+    if lead[0][0] != lead[1][0] or lead[1] != lead[2] or not divides(lead[1][1], lead[0][1]):
+        raise Declined(f"queries, keys and values have the leading axes {lead[0]}, {lead[1]} and {lead[2]}")
     scale = plain_scale(scale, shapes[0][3] if shapes[0] is not None else None)
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
     if any(x.dtype != q.dtype for x in (k, v)):
-        raise NoMatch("queries, keys and values differ in type")
+        raise Declined("queries, keys and values differ in type")
     new = ed.emit("Attention", inputs, {"scale": float(scale)}, before=product, name=product.name)
     node = new.producer()
     assert node is not None
@@ -341,7 +338,7 @@ def emit_attention(
     if folded:
         target = ed.shape(out)
         if target is None:
-            raise NoMatch("the result has no known shape")
+            raise Declined("the result has no known shape")
         shape = [
             d if isinstance(d, int) else 0 if i == 0 and len(target) == 4 else -1
             for i, d in enumerate(target)
@@ -352,7 +349,7 @@ def emit_attention(
         else:
             new = ed.emit("Reshape", [new, ed.ints(shape)], before=product)
     elif ed.shape(new) != ed.shape(out):
-        raise NoMatch(f"the result is {ed.shape(out)} where Attention gives {ed.shape(new)}")
+        raise Declined(f"the result is {ed.shape(out)} where Attention gives {ed.shape(new)}")
     ed.replace(out, new)
 
 
@@ -360,6 +357,35 @@ def plain_scale(scale: float, width: object) -> float:
     """1 / sqrt(d) exactly where rounding in the file came close to it (a root on q and one on k, say)."""
     usual = width**-0.5 if isinstance(width, int) and width > 0 else scale
     return usual if abs(scale - usual) <= 1e-6 * usual else scale
+
+
+def divides(part: object, whole: object) -> bool:
+    return part == whole or (isinstance(part, int) and isinstance(whole, int) and whole % part == 0)
+
+
+def fewer_heads(ed: Editor, k: ir.Value, v: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Keys and values before each head of theirs was repeated for a group of query heads."""
+    a, b = unrepeated(ed, k), unrepeated(ed, v)
+    if a is None or b is None or (ed.shape(a) or ())[:2] != (ed.shape(b) or ())[:2]:
+        return k, v
+    return a, b
+
+
+def unrepeated(ed: Editor, value: ir.Value) -> ir.Value | None:
+    """x [b, g, n, d] of Reshape(Expand(x as [b, g, 1, n, d] to [b, g, r, n, d]), [b, g * r, n, d])."""
+    join = ed.made_by(value, "Reshape")
+    repeat = ed.made_by(join.inputs[0], "Expand", "Tile") if join is not None else None
+    grown = ed.made_by(repeat.inputs[0], "Unsqueeze", "Reshape") if repeat is not None else None
+    if repeat is None or grown is None:
+        return None
+    shapes = [ed.shape(x) for x in (grown.inputs[0], repeat.inputs[0], repeat.outputs[0], value)]
+    if any(shape is None for shape in shapes):
+        return None
+    x, single, repeated, out = (shape or () for shape in shapes)
+    if len(x) != 4 or len(out) != 4 or single != (*x[:2], 1, *x[2:]):
+        return None
+    same = repeated[:2] == x[:2] and repeated[3:] == x[2:] and (out[0], *out[2:]) == (x[0], *x[2:])
+    return grown.inputs[0] if same and isinstance(out[1], int) else None
 
 
 def fold_leading(ed: Editor, before: ir.Node, value: ir.Value) -> ir.Value:
@@ -383,15 +409,15 @@ def joined_mask(ed: Editor, softmax: ir.Node, scores: Scores, q: ir.Value) -> ir
     if mask is None:
         return None
     if mask.dtype != ir.DataType.BOOL and mask.dtype != q.dtype:
-        raise NoMatch("the mask's type is not that of the queries")
+        raise Declined("the mask's type is not that of the queries")
     shape = ed.shape(mask)
     if shape is None:
-        raise NoMatch("a mask of unknown shape")
+        raise Declined("a mask of unknown shape")
     if len(shape) < 2:
         mask = ed.emit("Unsqueeze", [mask, ed.ints(list(range(2 - len(shape))))], before=softmax)
     full = ed.shape(scores.product.outputs[0])
     if broadcast(ed.shape(mask), full) is None:
-        raise NoMatch("the mask does not broadcast to the scores")
+        raise Declined("the mask does not broadcast to the scores")
     return mask
 
 
@@ -407,10 +433,10 @@ def unfold(
         heads = known[0][1]
         if mask is not None and mask_shape is not None and len(mask_shape) == 3 and mask_shape[0] != 1:
             if not isinstance(heads, int):
-                raise NoMatch("a mask over folded heads whose number is not static")
+                raise Declined("a mask over folded heads whose number is not static")
             tail = [d if isinstance(d, int) else 0 for d in mask_shape[1:]]
             if 0 in tail:
-                raise NoMatch("a mask over folded heads whose lengths are not static")
+                raise Declined("a mask over folded heads whose lengths are not static")
             mask = ed.emit("Reshape", [mask, ed.ints([-1, heads, *tail])], before=before)
         a, b, c = sources
         assert a is not None and b is not None and c is not None

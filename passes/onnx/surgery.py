@@ -12,6 +12,23 @@ from ..ir.graph import Shape
 from ..ir.onnx_shapes import ShapeEnv, constant_tensor
 
 
+class Declined(Exception):
+    """Why a rule leaves a node as it is."""
+
+
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    """Operand `index`, None where it is absent."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def used(node: ir.Node, index: int) -> bool:
+    """Whether output `index` exists and anything reads it."""
+    if index >= len(node.outputs):
+        return False
+    out = node.outputs[index]
+    return bool(out.uses()) or out.is_graph_output()
+
+
 class Editor:
     """A model, its shapes, and what the rules found on the way."""
 
@@ -23,6 +40,7 @@ class Editor:
         self._names = {v.name for v in [*model.graph.inputs, *model.graph.initializers.values()]}
         for node in model.graph:
             self._names.update(out.name for out in node.outputs)
+        self._node_names = {node.name for node in model.graph}
 
     @property
     def graph(self) -> ir.Graph:
@@ -89,6 +107,15 @@ class Editor:
         self._names.add(name)
         return name
 
+    def node_name(self, base: str) -> str:
+        """A name that no node has yet: onnxruntime wants them unique too."""
+        name, count = base, 1
+        while name in self._node_names:
+            count += 1
+            name = f"{base}_{count}"
+        self._node_names.add(name)
+        return name
+
     def emit(
         self,
         op_type: str,
@@ -102,9 +129,8 @@ class Editor:
     ) -> ir.Value:
         """Insert a node in front of `before`; returns its first output."""
         base = name or before.name or before.outputs[0].name or "normalised"
-        node = ir.node(
-            op_type, inputs, attrs or None, domain=domain, num_outputs=outputs, name=f"{base}/{op_type}"
-        )
+        node = ir.node(op_type, inputs, attrs or None, domain=domain, num_outputs=outputs)
+        node.name = self.node_name(f"{base}/{op_type}")
         for out in node.outputs:
             out.name = self.unique(f"{base}_{op_type}")
         self.graph.insert_before(before, node)
