@@ -28,6 +28,9 @@ FORMAT = "elision-reproducer"
 EMBED = 1 << 16
 """Bytes of a weight above which only its type and shape are kept."""
 
+FLOATS = (1, 10, 11, 16)
+"""ONNX's numbers for float32, float16, float64 and bfloat16."""
+
 LARGEST = 1 << 28
 """Bytes of a reproducer that we are willing to read, and of what it unpacks to."""
 
@@ -86,15 +89,16 @@ def encode_graph(graph: Graph) -> dict[str, Any]:
 def _encode_onnx(graph: Any) -> dict[str, Any]:
     from ..passes.onnx import io
 
-    clone = graph.model.clone()
-    left_out: list[dict[str, Any]] = []
-    for name, value in list(clone.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is None or tensor.nbytes <= EMBED or not tensor.dtype.is_floating_point():
-            continue
-        left_out.append({"name": name, "dtype": int(tensor.dtype), "shape": [int(d) for d in tensor.shape]})
-        del clone.graph.initializers[name]
-    data = io.to_proto(clone).SerializeToString()
+    proto = io.to_proto(graph.model)
+    kept, left_out = [], []
+    for tensor in proto.graph.initializer:
+        if len(tensor.raw_data) > EMBED and tensor.data_type in FLOATS:
+            left_out.append({"name": tensor.name, "dtype": tensor.data_type, "shape": list(tensor.dims)})
+        else:
+            kept.append(tensor)
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    data = proto.SerializeToString()
     packed = base64.b64encode(zlib.compress(data, 6)).decode("ascii")
     return {"host": "onnx", "model": packed, "made_up_weights": left_out}
 
