@@ -20,6 +20,9 @@ from .ir.graph import Graph, Op, Value
 
 Mismatch = Literal["lift", "restore"]
 
+Part = tuple[int, int]
+"""(start, end) as in a Python slice; an end of 0 is the end of the axis."""
+
 MEANS = frozenset({"mean", "sum"})
 
 
@@ -42,7 +45,8 @@ class Cutter:
         self.keys: dict[Op, Value] = {}  # the key operand of each attention as it is now
         self._whole: dict[tuple[int, Ends], Value] = {}  # (axis, ends) -> a value whose axis is still whole
         # Lengths change in place during the walk: what depends on them is read before it.
-        self._bounds = {op: self._protected_part(op) for op in graph.ops_of("select", "slice", "split")}
+        found = {op: self._protected_part(op) for op in graph.ops_of("select", "slice", "split")}
+        self._bounds: dict[Op, list[Part]] = {op: parts for op, parts in found.items() if parts is not None}
 
     def walk(self, after: dict[Op, Callable[[Op], None]]) -> None:
         """Visit all ops; right after op `o` was repaired, call `after[o](o)`."""
@@ -107,6 +111,8 @@ class Cutter:
             target = ground
         if target is not ground and self._pool(op, target):
             return
+        if target is not ground and op in self._bounds and self._parts(op, tokens[0], target):
+            return
         if target is not ground and not self._passes(op, original):
             target = ground
         self._rewire(op, original, target)
@@ -157,7 +163,7 @@ class Cutter:
     ) -> bool:
         axis = port[1]
         if op.kind in ("select", "slice", "split") and op.attrs["axis"] == axis:
-            return self._bounds[op]
+            return op in self._bounds and self._counts_from_start(op)
         if op.kind == "reshape":
             return any(e == ends for _, e in self._tokens(op.output))
         if op.kind == "concat" and op.attrs["axis"] == axis:
@@ -168,31 +174,59 @@ class Cutter:
             return False
         return port in through
 
-    def _protected_part(self, op: Op) -> bool:
-        """A select of a protected token, or a slice between protected tokens: a cut does not move them."""
-        x = op.inputs[0]
+    def _protected_part(self, op: Op) -> list[Part] | None:
+        """The parts that an op takes out of the tokens, when a cut does not move their ends; else None."""
+        x, axis = op.inputs[0], op.attrs["axis"]
         places = dict(self._tokens(x))
-        if x is None or x.shape is None or op.attrs["axis"] not in places:
-            return False
-        ends = places[op.attrs["axis"]]
+        if x is None or x.shape is None or axis not in places:
+            return None
+        ends = places[axis]
         prefix, suffix = self.space.prefix - ends[0], self.space.suffix - ends[1]
+        length = x.shape[axis]
         if op.kind == "select":
             index = op.attrs["index"]
-            length = x.shape[op.attrs["axis"]]
-            if isinstance(index, int) and isinstance(length, int) and index >= length - suffix:
-                return False  # the position is counted from the start: it would have to move
-            return isinstance(index, int) and (0 <= index < prefix or -suffix <= index < 0)
-        if op.kind == "split" or op.attrs.get("step", 1) != 1:  # a split's sizes are numbers in the op
-            return False
-        end = op.attrs.get("end")
-        if not (end is None or (isinstance(end, int) and (end < 0 or end <= prefix))):
-            return False
-        total = self.analysis.axes.lengths.size(x.shape[op.attrs["axis"]])
+            if not isinstance(index, int):
+                return None
+            if isinstance(length, int) and 0 <= length - index <= suffix:
+                index -= length
+            inside = 0 <= index < prefix or -suffix <= index < 0
+            return [(index, index + 1)] if inside else None
+        if op.attrs.get("step", 1) != 1:
+            return None
+        total = self.analysis.axes.lengths.size(length)
+        parts: list[Part] = []
         for start, stop in part_bounds(self.analysis, op):
-            inner = start[0] == start[1] <= prefix and stop[0] == stop[1] <= suffix
-            first = total[0] - stop[0] == total[1] - stop[1] <= prefix
-            return inner or first
-        return False
+            taken = (total[0] - start[0] - stop[0], total[1] - start[1] - stop[1])
+            if start[0] == start[1] <= prefix and stop[0] == stop[1] <= suffix:
+                parts.append((start[0], -stop[0]))
+            elif start[0] == start[1] and taken[0] == taken[1] and start[0] + taken[0] <= prefix:
+                parts.append((start[0], start[0] + taken[0]))
+            elif stop[0] == stop[1] and taken[0] == taken[1] and stop[0] + taken[0] <= suffix:
+                parts.append((-stop[0] - taken[0], -stop[0]))
+            else:
+                return None
+        return parts or None
+
+    def _counts_from_start(self, op: Op) -> bool:
+        """True when the op as it stands takes the same tokens whatever is removed behind the first ones."""
+        if op.kind == "split":
+            return False
+        first, end = self._bounds[op][0]
+        if op.kind == "select":
+            return first >= 0
+        return first >= 0 and (op.attrs.get("end") is None if end == 0 else end > 0)
+
+    def _parts(self, op: Op, value: Value, level: Level) -> bool:
+        """Protected tokens, or all but those, are taken from the reduced tokens by their distance to the ends."""
+        axis, parts = op.attrs["axis"], self._bounds[op]
+        if axis not in dict(self._tokens(value)) or self._counts_from_start(op):
+            return False
+        x = self.crossing.current(value)
+        for out, (start, end) in zip(op.outputs, parts):
+            attrs = {"axis": axis, "start": start, "end": end, "keepdim": op.kind != "select"}
+            made = self.crossing.insert("slice_tokens", [x], attrs)[0]
+            self.crossing.put(out, level if self._tokens(out) else self.crossing.ground, made)
+        return True
 
     # ---- repairs -------------------------------------------------------------------------------------
     def _pool(self, op: Op, level: Level) -> bool:
@@ -252,7 +286,8 @@ class Cutter:
             for axis, ends in self._tokens(out):
                 want = self.crossing.length(level, ends)
                 have = None if out.shape is None else out.shape[axis]
-                if have != want:
+                size = self.analysis.axes.lengths.size
+                if have is None or size(have) != size(want):
                     raise Refused(
                         f"{op.target} (%{op.name}) makes %{out.name} with {have} tokens where {want} are left"
                     )

@@ -65,7 +65,9 @@ def plan_space(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> 
                 "let earlier tokens see later ones"
             )
     if isinstance(options.r, list) and len(options.r) > len(blocks):
-        raise Refused(f"r has {len(options.r)} numbers, and the space of {space.length} tokens {len(blocks)} blocks")
+        raise Refused(
+            f"r has {len(options.r)} numbers, and the space of {space.length} tokens {len(blocks)} blocks"
+        )
     if options.protect is not None:
         space.prefix = options.protect
     counts = schedule(options.r if options.r is not None else 0, options.schedule, len(blocks))
@@ -85,7 +87,9 @@ def plan_space(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> 
 def _grid(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> tuple[int, int] | None:
     grid = analysis.grid(space)
     if grid is None and options.destinations == "grid":
-        raise Refused(f"destinations=grid: the {space.length} tokens are not known to be a grid of fixed size")
+        raise Refused(
+            f"destinations=grid: the {space.length} tokens are not known to be a grid of fixed size"
+        )
     return grid
 
 
@@ -96,7 +100,9 @@ def _cut(analysis: Analysis, space: TokenSpace, block: Block, where: str, r: int
         return Cut(add, add.output, attention, add.output, r)
     value = skip if where == "before" else entry(analysis, space, block)
     if value.producer is None:
-        raise Refused(f"%{value.name} is an input of the graph: there is no op after which it could be merged")
+        raise Refused(
+            f"%{value.name} is an input of the graph: there is no op after which it could be merged"
+        )
     return Cut(value.producer, value, attention, skip, r)
 
 
@@ -114,8 +120,20 @@ def entry(analysis: Analysis, space: TokenSpace, block: Block) -> Value:
     while found is not skip and found.producer is not None:
         op = found.producer
         data = [v for v in op.inputs if v is not None and flow.comes_from(v)]
-        through = op.kind in ("linear", "matmul", "reshape", "transpose", "tie", "split", "unbind", "slice", "select")
-        if len(data) != 1 or not (through or (op.kind == "elementwise" and not _whole(analysis, space, found))):
+        through = op.kind in (
+            "linear",
+            "matmul",
+            "reshape",
+            "transpose",
+            "tie",
+            "split",
+            "unbind",
+            "slice",
+            "select",
+        )
+        if len(data) != 1 or not (
+            through or (op.kind == "elementwise" and not _whole(analysis, space, found))
+        ):
             break
         found = data[0]
     return found
@@ -134,12 +152,18 @@ def _check(analysis: Analysis, space: TokenSpace, cut: Cut, plan: Plan) -> None:
             f"its {space.length} tokens are not one axis of %{cut.value.name}"
         )
     if space.batch and analysis.batch_axis(space, cut.value) is None:
-        raise Refused(f"{attention.target} (%{attention.name}) has a batch axis that %{cut.value.name} has not")
+        raise Refused(
+            f"{attention.target} (%{attention.name}) has a batch axis that %{cut.value.name} has not"
+        )
     measured = attention.inputs[1] if plan.keys else cut.features
     assert measured is not None
     axes = analysis.token_axes(space, measured)
     if plan.keys:
         if measured.rank not in (3, 4) or axes != [(measured.rank - 2, WHOLE)]:
-            raise Refused(f"%{measured.name}, the keys of %{attention.name}, are not [batch, heads, tokens, width]")
+            raise Refused(
+                f"%{measured.name}, the keys of %{attention.name}, are not [batch, heads, tokens, width]"
+            )
     elif measured.rank != 3 or axes != [(1, WHOLE)]:
-        raise Refused(f"%{measured.name} is not [batch, tokens, width]: metric=hidden cannot compare its tokens")
+        raise Refused(
+            f"%{measured.name} is not [batch, tokens, width]: metric=hidden cannot compare its tokens"
+        )

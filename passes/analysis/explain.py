@@ -71,9 +71,13 @@ def _space_lines(number: int, space: SpaceFacts) -> list[str]:
     count = len(space.self_attentions)
     if count:
         shown = ", ".join(space.self_attentions[:3]) + (", ..." if count > 3 else "")
-        lines.append(f"  {count} self-attentions ({shown}), {space.blocks_with_residual} in a residual stream")
+        lines.append(
+            f"  {count} self-attentions ({shown}), {space.blocks_with_residual} in a residual stream"
+        )
     if space.cross_attentions:
-        lines.append(f"  {len(space.cross_attentions)} cross-attentions ({', '.join(space.cross_attentions[:3])})")
+        lines.append(
+            f"  {len(space.cross_attentions)} cross-attentions ({', '.join(space.cross_attentions[:3])})"
+        )
     lines += [f"  {problem}" for problem in space.problems]
     protected = [f"first {space.prefix}"] * bool(space.prefix) + [f"last {space.suffix}"] * bool(space.suffix)
     if protected:

@@ -9,7 +9,18 @@ from .flow import LOOKED_UP
 from .spaces import Analysis, TokenSpace
 
 ORDERS = frozenset(
-    {"le", "lt", "ge", "gt", "less", "greater", "lessorequal", "greaterorequal", "less_equal", "greater_equal"}
+    {
+        "le",
+        "lt",
+        "ge",
+        "gt",
+        "less",
+        "greater",
+        "lessorequal",
+        "greaterorequal",
+        "less_equal",
+        "greater_equal",
+    }
 )
 TRIANGLES = frozenset({"tril", "triu", "trilu"})
 

@@ -217,9 +217,10 @@ def protect(analysis: Analysis, space: TokenSpace) -> None:
             _protect_joined(analysis, space, op, limit)
         elif op.kind in ("select", "slice", "split"):
             x = op.operand(0)
-            if x is not None and x.shape is not None:
-                if analysis.axes.type(x, op.attrs["axis"]) == space.key and analysis.flow.comes_from(x):
-                    _protect_picked(analysis, space, op, limit)
+            if x is None or x.shape is None or not analysis.flow.comes_from(x):
+                continue
+            if analysis.axes.type(x, op.attrs["axis"]) == space.key:
+                _protect_picked(analysis, space, op, limit)
 
 
 def _axis_types(analysis: Analysis, value: Value, axis: int) -> list[AxisType]:
@@ -303,8 +304,9 @@ def endings(analysis: Analysis, space: TokenSpace) -> Iterator[str]:
         for value in op.inputs:
             if value is None or value.shape is None or not analysis.flow.comes_from(value):
                 continue
-            axes = [a for a, k in enumerate(analysis.axes.types(value)) if k == space.key]
-            if not axes or any(analysis.token_axes(space, out) for out in op.outputs):
+            if not analysis.token_axes(space, value):
+                continue
+            if any(analysis.token_axes(space, out) for out in op.outputs):
                 continue
             what = {
                 "select": f"picks token {op.attrs.get('index')}",
@@ -314,6 +316,7 @@ def endings(analysis: Analysis, space: TokenSpace) -> Iterator[str]:
                 "gather": "picks tokens by computed position",
                 "attention": "is read by other queries",
                 "size": "",
+                "slice": "",
             }.get(op.kind, "uses the tokens up")
             sentence = f"{op.target} (%{op.name}) {what}"
             if what and sentence not in seen:

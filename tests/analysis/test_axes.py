@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from elision.passes.analysis.axes import AxisTypes, aligned, find
 from elision.passes.ir.fx import FxGraph
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 class Apply(torch.nn.Module):

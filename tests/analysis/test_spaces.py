@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from elision.passes.analysis import analyse, explain
 from elision.passes.analysis.masks import causal_because, padding_mask
 from elision.passes.ir.fx import FxGraph
@@ -104,9 +103,7 @@ def test_masks_written_with_comparisons_and_triangles_are_causal():
 
 def test_dynamic_lengths_are_symbols():
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", min=4)
-    graph = FxGraph.trace(
-        toys.Block(), (torch.randn(2, 9, 16),), dynamic_shapes=({0: batch, 1: tokens},)
-    )
+    graph = FxGraph.trace(toys.Block(), (torch.randn(2, 9, 16),), dynamic_shapes=({0: batch, 1: tokens},))
     (space,) = analyse(graph).spaces
     assert not isinstance(space.length, int) and space.batch
 

@@ -20,7 +20,11 @@ class Attention(nn.Module):
         return x.reshape(b, n, self.heads, c // self.heads).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rotary: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        rotary: Tensor | None = None,
     ) -> Tensor:
         source = x if context is None else context
         q, k, v = self.split(self.q(x)), self.split(self.k(source)), self.split(self.v(source))
@@ -41,7 +45,11 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rotary: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        rotary: Tensor | None = None,
     ) -> Tensor:
         x = x + self.attention(self.norm1(x), mask=mask, rotary=rotary)
         if self.cross is not None:
@@ -69,7 +77,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.patch(image).flatten(2).transpose(1, 2)
         parts = [self.first, x, self.last]
-        x = torch.cat([p.expand(len(x), -1, -1) for p in parts if p is not None], 1) + self.position
+        x = torch.cat([p.expand(x.shape[0], -1, -1) for p in parts if p is not None], 1) + self.position
         for block in self.blocks:
             x = block(x)
         if self.head == "first":
@@ -77,7 +85,7 @@ class Encoder(nn.Module):
         if self.head == "mean":
             return x[:, self.prefix :].mean(1)
         if self.head == "grid":
-            return self.conv(x[:, self.prefix :].transpose(1, 2).reshape(len(x), 16, 4, 4))
+            return self.conv(x[:, self.prefix :].transpose(1, 2).reshape(x.shape[0], 16, 4, 4))
         return x
 
 
