@@ -188,7 +188,7 @@ class OnnxGraph(Graph):
 
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         unique = self.unique_name(name)
-        tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+        tensor = ir.tensor(np.asarray(array, order="C"), name=unique)
         raw = ir.Value(
             name=unique, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )

@@ -52,7 +52,9 @@ def dtypes_of(node: ir.Node) -> list[ir.DataType | None]:
     if node.domain == "elision":
         return onnx_dialect.dtypes_of(node)
     if node.domain not in ("", "ai.onnx"):
-        first = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
+        index = 2 if node.op_type == "EmbedLayerNormalization" else 0  # ids come first
+        value = node.inputs[index] if len(node.inputs) > index else None
+        first = value.dtype if value is not None and node.domain == "com.microsoft" else None
         return [out.dtype or (first if i == 0 else None) for i, out in enumerate(node.outputs)]
     if node.op_type in BY_ATTRIBUTE:
         to = node.attributes.get_int(BY_ATTRIBUTE[node.op_type], 0)
@@ -129,7 +131,78 @@ def conv_length(length: Dim, kernel: int, stride: int, pads: int, dilation: int,
 
 
 # ---- the table ---------------------------------------------------------------------------------------
-ELEMENTWISE = ["Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Hardmax", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Where", "Xor"]
+ELEMENTWISE = [
+    "Abs",
+    "Acos",
+    "Acosh",
+    "Add",
+    "And",
+    "Asin",
+    "Asinh",
+    "Atan",
+    "Atanh",
+    "BitShift",
+    "BitwiseAnd",
+    "BitwiseNot",
+    "BitwiseOr",
+    "BitwiseXor",
+    "Cast",
+    "Ceil",
+    "Celu",
+    "Clip",
+    "Cos",
+    "Cosh",
+    "Div",
+    "Elu",
+    "Equal",
+    "Erf",
+    "Exp",
+    "Floor",
+    "Gelu",
+    "Greater",
+    "GreaterOrEqual",
+    "HardSigmoid",
+    "HardSwish",
+    "Hardmax",
+    "Identity",
+    "IsInf",
+    "IsNaN",
+    "LeakyRelu",
+    "Less",
+    "LessOrEqual",
+    "Log",
+    "Max",
+    "Mean",
+    "Min",
+    "Mish",
+    "Mod",
+    "Mul",
+    "Neg",
+    "Not",
+    "Or",
+    "PRelu",
+    "Pow",
+    "Reciprocal",
+    "Relu",
+    "Round",
+    "Selu",
+    "Shrink",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Softplus",
+    "Softsign",
+    "Sqrt",
+    "Sub",
+    "Sum",
+    "Swish",
+    "Tan",
+    "Tanh",
+    "ThresholdedRelu",
+    "Where",
+    "Xor",
+]
 
 
 @rule(*ELEMENTWISE)
@@ -139,7 +212,34 @@ def _elementwise(env: ShapeEnv, node: ir.Node) -> Shapes:
     return [broadcast(*[env.shape(v) for v in values])]
 
 
-FIRST = ["CastLike", "CumSum", "Dropout", "EyeLike", "GroupNormalization", "InstanceNormalization", "LRN", "LogSoftmax", "LpNormalization", "MeanVarianceNormalization", "QuantizeLinear", "DequantizeLinear", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "RMSNormalization", "SimplifiedLayerNormalization", "ReverseSequence", "RotaryEmbedding", "ScatterElements", "Scatter", "ScatterND", "Softmax", "TensorScatter", "Trilu", "BatchNormalization"]
+FIRST = [
+    "CastLike",
+    "CumSum",
+    "Dropout",
+    "EyeLike",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LRN",
+    "LogSoftmax",
+    "LpNormalization",
+    "MeanVarianceNormalization",
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Bernoulli",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    "ReverseSequence",
+    "RotaryEmbedding",
+    "ScatterElements",
+    "Scatter",
+    "ScatterND",
+    "Softmax",
+    "TensorScatter",
+    "Trilu",
+    "BatchNormalization",
+]
 
 
 @rule(*FIRST)
@@ -468,7 +568,18 @@ def _gather_nd(env: ShapeEnv, node: ir.Node) -> Shapes:
     return [(*index[:-1], *x[batch + depth :])]
 
 
-REDUCE = ["ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"]
+REDUCE = [
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSum",
+    "ReduceSumSquare",
+]
 
 
 @rule(*REDUCE)

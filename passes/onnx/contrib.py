@@ -25,6 +25,7 @@ Unpacker = Callable[[Editor, ir.Node], None]
 def unpack(ed: Editor) -> None:
     """Take every operator of the domain apart that a row below knows."""
     for node in list(ed.graph):
+        ed.env.update(node)  # what was taken apart before it has a shape now
         rows = ROWS if node.domain == DOMAIN else STRAY if node.domain == "" else {}
         action = rows.get(node.op_type)
         if action is None:
@@ -68,7 +69,9 @@ def norm_of(
     ed: Editor, node: ir.Node, x: ir.Value, weight: ir.Value | None, bias: ir.Value | None, rms: bool
 ) -> ir.Value:
     """The normalisation over the last axis, with the node's epsilon."""
-    epsilon = node.attributes.get_float("epsilon", 1e-5 if node.op_type != "SkipLayerNormalization" else 1e-12)
+    epsilon = node.attributes.get_float(
+        "epsilon", 1e-5 if node.op_type != "SkipLayerNormalization" else 1e-12
+    )
     attrs = {"axis": -1, "epsilon": epsilon}
     if rms:
         return ed.emit("RMSNormalization", [x, weight], attrs, before=node)
@@ -98,7 +101,10 @@ def simplified_norm(ed: Editor, node: ir.Node) -> None:
         raise Declined("its deviation is used")
     x, weight = operand(node, 0), operand(node, 1)
     assert x is not None
-    attrs = {"axis": node.attributes.get_int("axis", -1), "epsilon": node.attributes.get_float("epsilon", 1e-5)}
+    attrs = {
+        "axis": node.attributes.get_int("axis", -1),
+        "epsilon": node.attributes.get_float("epsilon", 1e-5),
+    }
     ed.replace(node.outputs[0], ed.emit("RMSNormalization", [x, weight], attrs, before=node))
 
 
@@ -148,8 +154,6 @@ def fused_matmul(ed: Editor, node: ir.Node) -> None:
     if alpha != 1.0:
         out = ed.emit("Mul", [out, ed.like(alpha, out)], before=node)
     ed.replace(node.outputs[0], out)
-
-
 
 
 def bias_add(ed: Editor, node: ir.Node) -> None:

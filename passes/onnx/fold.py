@@ -58,7 +58,15 @@ def plain_sizes(ed: Editor) -> None:
     x is always one whose Shape the old computation read as well, so nothing new is kept alive.
     """
     for node in list(ed.graph):
-        if node.domain != "" or node.op_type not in ("Concat", "Where", "Mul", "Gather", "Slice", "Max", "Add"):
+        if node.domain != "" or node.op_type not in (
+            "Concat",
+            "Where",
+            "Mul",
+            "Gather",
+            "Slice",
+            "Max",
+            "Add",
+        ):
             continue
         out = node.outputs[0]
         known = ed.env.data.get(out)

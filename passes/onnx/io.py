@@ -243,7 +243,9 @@ def to_proto(model: ir.Model, target: str = "onnxruntime") -> onnx.ModelProto:
     """
     total = weight_bytes(model)
     if total > PROTOBUF_LIMIT:
-        raise ModelFileError(f"{total / 1e9:.1f} GB of weights do not fit in one message; save the model to a file")
+        raise ModelFileError(
+            f"{total / 1e9:.1f} GB of weights do not fit in one message; save the model to a file"
+        )
     clone = lowered(model, target)
     if has_external_data(model):
         ir.external_data.load_to_model(clone)

@@ -173,7 +173,12 @@ class Joined:
             producer = self.source.producer()
             assert producer is not None
             first = self.ed.emit(
-                "Split", [self.source], {"axis": 2, "num_outputs": 3}, before=before, outputs=3, name=producer.name
+                "Split",
+                [self.source],
+                {"axis": 2, "num_outputs": 3},
+                before=before,
+                outputs=3,
+                name=producer.name,
             )
             split = first.producer()
             assert split is not None

@@ -139,7 +139,7 @@ class Editor:
 
     def constant(self, array: np.ndarray, name: str = "constant") -> ir.Value:
         unique = self.unique(name)
-        tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+        tensor = ir.tensor(np.asarray(array, order="C"), name=unique)
         value = ir.Value(
             name=unique, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )

@@ -49,9 +49,7 @@ class Builder:
     def weight(self, *shape: int) -> str:
         return self.const(self.random.normal(0, 0.3, shape))
 
-    def __call__(
-        self, op_type: str, *inputs: str, outputs: int = 1, domain: str = "", **attrs: Any
-    ) -> Any:
+    def __call__(self, op_type: str, *inputs: str, outputs: int = 1, domain: str = "", **attrs: Any) -> Any:
         names = [self.name(op_type) for _ in range(outputs)]
         self.nodes.append(helper.make_node(op_type, inputs, names, domain=domain, name=names[0], **attrs))
         return names[0] if outputs == 1 else names
@@ -89,7 +87,9 @@ class Builder:
         return helper.make_model(graph, opset_imports=imports, ir_version=8)
 
 
-def run(model: onnx.ModelProto | ir.Model, feeds: dict[str, np.ndarray], plain: bool = False) -> list[np.ndarray]:
+def run(
+    model: onnx.ModelProto | ir.Model, feeds: dict[str, np.ndarray], plain: bool = False
+) -> list[np.ndarray]:
     """The outputs in onnxruntime; `plain` without any of its graph optimisations."""
     proto = to_proto(model) if isinstance(model, ir.Model) else model
     options = onnxruntime.SessionOptions()

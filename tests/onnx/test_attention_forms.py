@@ -213,9 +213,7 @@ def test_packed(form: str, opset: int) -> None:
             q, k, v = (b.squeeze(part, [0]) for part in parts)
     else:
         parts = b.split(packed, [C, C, C], 2)
-        q, k, v = (
-            b("Transpose", b("Reshape", p, b.ints(-1, N, H, D)), perm=[0, 2, 1, 3]) for p in parts
-        )
+        q, k, v = (b("Transpose", b("Reshape", p, b.ints(-1, N, H, D)), perm=[0, 2, 1, 3]) for p in parts)
     scores = b("MatMul", b("Mul", q, b.const(D**-0.5)), b("Transpose", k, perm=[0, 1, 3, 2]))
     join(b, b("MatMul", softmax(b, scores), v))
     check(b.model(), feed(), feed(4), Attention=1)

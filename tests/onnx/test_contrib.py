@@ -240,7 +240,9 @@ def test_what_a_session_writes(tmp_path, level: str) -> None:
     variance = b("Add", b.reduce("ReduceMean", b("Pow", centred, b.const(2.0)), [-1]), b.const(1e-5))
     y = b("Add", b("Mul", b("Div", centred, b("Sqrt", variance)), b.weight(C)), b.weight(C))
     parts = [b("Reshape", b("MatMul", y, b.weight(C, C)), b.ints(-1, N, H, D)) for _ in range(3)]
-    q, k, v = (b("Transpose", p, perm=perm) for p, perm in zip(parts, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])))
+    q, k, v = (
+        b("Transpose", p, perm=perm) for p, perm in zip(parts, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]))
+    )
     out = b("MatMul", b("Softmax", b("Div", b("MatMul", q, k), b.const(D**0.5)), axis=-1), v)
     b.output(b("Add", x, b("Reshape", b("Transpose", out, perm=[0, 2, 1, 3]), b.ints(-1, N, C))))
     options = onnxruntime.SessionOptions()
