@@ -40,7 +40,6 @@ class DropTransposes(Pass):
 
 if __name__ == "__main__":
     import torch
-
     from elision.passes.testing import capture, report
 
     class Model(torch.nn.Module):

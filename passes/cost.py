@@ -278,11 +278,13 @@ def _dialect_cost(op: Op, lengths: _Lengths) -> tuple[float, float]:
     from ..kernels import OPS
 
     name = _dialect_name(op)
-    if not name:
-        return 0.0, lengths.bytes([*op.inputs, *op.outputs])
     shapes = [lengths.shape(value) for value in op.inputs]
-    shapes += [None] * (len(OPS[name].inputs) - len(shapes))
-    return float(OPS[name].flops(shapes, op.attrs)), float(OPS[name].bytes(shapes, op.attrs))
+    if not name or any(s is None and v is not None for s, v in zip(shapes, op.inputs)):
+        return 0.0, lengths.bytes([*op.inputs, *op.outputs])
+    first = next((v for v in op.inputs if v is not None), None)
+    itemsize = ITEMSIZE.get(first.dtype, 4) if first is not None else 4
+    flops, moved = OPS[name].flops(shapes, op.attrs), OPS[name].bytes(shapes, op.attrs, itemsize)
+    return float(flops), float(moved)
 
 
 def _self_attention(op: Op, lengths: _Lengths) -> int | None:

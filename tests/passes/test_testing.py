@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -104,6 +105,20 @@ def test_docs_show_the_example_as_it_is() -> None:
     text = (ROOT / "examples" / "own_pass.py").read_text()
     body = text[text.index("@register") : text.index("if __name__")].strip()
     assert body in (ROOT / "docs" / "own_pass.md").read_text()
+
+
+def test_the_test_in_the_docs_passes(own: Any) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_pass.md").read_text(), re.DOTALL)
+    (block,) = [text for text in blocks if "def test_" in text]
+
+    class Small(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(1, 2).transpose(2, 1).relu()
+
+    scope: dict[str, Any] = {"torch": torch, "Model": Small}
+    exec(block, scope)
+    scope["test_drop_transposes"]()
+    assert len(block.strip().splitlines()) <= 18
 
 
 @pytest.mark.parametrize(
