@@ -18,7 +18,7 @@ from .options import format_value, make_options
 
 # Modules of this package whose import registers passes; read on the first look-up so that
 # `import elision.passes` stays light. A new pass is one row.
-BUILTIN: tuple[str, ...] = ("token_merge",)
+BUILTIN: tuple[str, ...] = ("token_merge", "onnx.passes")
 
 _REGISTRY: dict[str, type[Pass]] = {}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..passes.base import Pass, PassContext, known_passes
+from ..passes.base import Pass, PassContext
 from ..passes.errors import ElisionError
 from ..passes.ir.graph import Graph
 from ..passes.pipeline import Passes, parse
@@ -120,7 +120,7 @@ def optimize(
         runner = _tolerant(graph, feeds, given=example_inputs is not None) if verify else None
         context_inputs = list(feeds.values()) if feeds else None
         example = None
-        pipeline = with_normalise(pipeline)
+        pipeline = framed(pipeline)
     else:
         graph, example = open_torch(target, example_inputs, dynamic_shapes)
         source = type(target).__name__
@@ -189,7 +189,7 @@ def export_onnx(
     feeds = _export_feeds(graph, args, kwargs) if verify else None
     runner = onnx_runner(feeds) if feeds else None
     context = PassContext(force, "onnxruntime", list(feeds.values()) if feeds else None, token_map)
-    report = run_passes(graph, with_normalise(pipeline), context, runner, verify, tell)
+    report = run_passes(graph, framed(pipeline), context, runner, verify, tell)
     result = Result(report.graph, report, None, type(module).__name__)
     tell("writing the file")
     result.save(file)
@@ -270,11 +270,14 @@ def _has_values(module: Any) -> bool:
     )
 
 
-def with_normalise(pipeline: list[Pass]) -> list[Pass]:
-    """Other people's files are brought to one form first; a pipeline that says so itself is left alone."""
-    if "normalise" not in known_passes() or any(single.name == "normalise" for single in pipeline):
-        return pipeline
-    return [*parse("normalise"), *pipeline]
+def framed(pipeline: list[Pass]) -> list[Pass]:
+    """For ONNX: other people's files are brought to one form first, and at the end every operator gets the
+    form that onnxruntime runs fastest. A pipeline that says either itself is left to do so where it
+    wants."""
+    named = {single.name for single in pipeline}
+    first = [] if "normalise" in named else parse("normalise")
+    last = [] if "lower" in named else parse("lower")
+    return [*first, *pipeline, *last]
 
 
 def _flat_tensors(example: Any) -> list[Any]:
@@ -288,15 +291,16 @@ def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
     """A runner, or None where made-up inputs do not run: inputs that the user gave must."""
     if feeds is None:
         return None
-    runner = onnx_runner(feeds)
+    plain = onnx_runner(feeds)
     try:
-        runner(graph)
+        first = plain(graph)
     except ElisionError:
         if given:
             raise
         logging.getLogger("elision").info("made-up inputs do not run; give example inputs to check numerics")
         return None
-    return runner
+    # The pass manager begins with the same graph; a large model is not run twice for that.
+    return lambda asked: first if asked is graph else plain(asked)
 
 
 @contextlib.contextmanager
