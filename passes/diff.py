@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ _NAME = re.compile(r"%[^\s,(){}]+")
 _DEFINED = re.compile(r"(%[^\s,(){}]+): [\w?]+(?=\[|,| |$)")
 # Where lengths stand: in types, and in literal operands such as the target of an ONNX Reshape.
 _SHAPE = re.compile(r"(: \w+|\(|, )\[((?<=\w\[)[^\]]*|-?\d+(?:, -?\d+)*)\]")
-_LARGEST = 20_000  # lines; beyond, only values of the same name are matched
+_LARGEST = 5_000_000  # pairs of lines that look alike; beyond, only values of the same name are matched
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ class Change:
 def diff_texts(before: Sequence[str], after: Sequence[str]) -> list[Change]:
     """All lines of both texts, each marked. Only real changes are marked, see the module."""
     by_name = _compare(before, after, [_named_key(x) for x in before], [_named_key(x) for x in after])
-    if _weight(by_name) == 0 or len(before) + len(after) > _LARGEST:
+    if _weight(by_name) == 0:
         return by_name
-    first, second = _defined(before), _defined(after)
-    keys = [_nameless_key(x, first) for x in before], [_nameless_key(x, second) for x in after]
-    renamed = _compare(before, after, *keys)
+    anchors = _weights(before) & _weights(after)
+    first, second = [_nameless_key(x, anchors) for x in before], [_nameless_key(x, anchors) for x in after]
+    repeats = Counter(second)
+    if sum(repeats[key] for key in first) > _LARGEST:
+        return by_name
+    renamed = _compare(before, after, first, second)
     return renamed if _weight(renamed) < _weight(by_name) else by_name
 
 
@@ -78,11 +82,16 @@ def _named_key(line: str) -> str:
     return " ".join([*_DEFINED.findall(line), _target(line)])
 
 
-def _nameless_key(line: str, defined: set[str]) -> str:
-    """The line without lengths and without the names of computed values. Weights keep their names: they are
+def _weights(lines: Sequence[str]) -> set[str]:
+    """Names that no line defines: parameters and constants."""
+    return {n.removesuffix(":") for line in lines for n in _NAME.findall(line)} - _defined(lines)
+
+
+def _nameless_key(line: str, anchors: set[str]) -> str:
+    """The line without lengths and without names, but for the weights that both texts call the same: they are
     what tells the blocks of a model apart."""
     line = _SHAPE.sub(r"\1", line)
-    return _NAME.sub(lambda m: "%" if m.group().removesuffix(":") in defined else m.group(), line)
+    return _NAME.sub(lambda m: m.group() if m.group().removesuffix(":") in anchors else "%", line)
 
 
 def _compare(
@@ -94,7 +103,15 @@ def _compare(
     for tag, i, j, k, m in opcodes:
         for old, new in zip(before[i:j], after[k:m]) if tag == "equal" else ():
             names.update(zip(_DEFINED.findall(new), _DEFINED.findall(old)))
-    if all(theirs == mine for theirs, mine in names.items()):
+    # Another weight is a change, unless most of them have new names: then the first place that reads one decides.
+    mine, theirs = _weights(before), _weights(after)
+    strange = theirs - mine if 2 * len(theirs & mine) < len(theirs) else set()
+    for tag, i, j, k, m in opcodes if strange else ():
+        for old, new in zip(before[i:j], after[k:m]) if tag == "equal" else ():
+            for was, now in zip(_NAME.findall(old), _NAME.findall(new)):
+                if now in strange:
+                    names.setdefault(now, was)
+    if all(now == was for now, was in names.items()):
         names = {}
     else:  # a new value must not look like an old one that is called the same
         taken = _defined(before)

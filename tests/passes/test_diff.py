@@ -42,6 +42,13 @@ def test_renumbering_is_no_change() -> None:
     assert diff_graphs(BEFORE, renamed(BEFORE, "_7")) == ""
 
 
+def test_renamed_weights_are_no_change_but_exchanged_ones_are() -> None:
+    after = [re.sub(r"%([wb])(\d)", r"%val_\1\2", line) for line in renamed(BEFORE, "_7")]
+    assert diff_graphs(BEFORE, after) == ""
+    after[5] = after[5].replace("%val_w4", "%val_w2")
+    assert [c.mark for c in diff_texts(BEFORE, after)] == list("     -+  ")
+
+
 def test_an_insertion_that_renumbers_what_follows() -> None:
     # As a new trace would call them: the inserted op takes norm_1, the old norm_1 is norm_2 now.
     after = [line.replace("norm_1", "norm_2") for line in BEFORE]
