@@ -1,0 +1,40 @@
+"""The ops of the dialect, one file for each or for a close group. Importing registers them with torch."""
+
+from __future__ import annotations
+
+from ..definition import OpDef
+from . import (
+    attention,
+    gathers,
+    match_grid_tokens,
+    match_padded_tokens,
+    match_tokens,
+    mean_heads,
+    merge_tokens,
+    pool_tokens,
+    ranges,
+    valid_size,
+)
+
+_ALL = (
+    mean_heads.OP,
+    valid_size.OP,
+    match_tokens.OP,
+    match_padded_tokens.OP,
+    match_grid_tokens.OP,
+    merge_tokens.OP,
+    gathers.RESTORE,
+    gathers.SELECT,
+    gathers.COMPOSE,
+    ranges.MAP,
+    ranges.SIZE,
+    ranges.SLICE,
+    pool_tokens.OP,
+    attention.OP,
+)
+
+OPS: dict[str, OpDef] = {op.name: op for op in _ALL}
+"""Every op of the dialect by name."""
+
+for _op in _ALL:
+    _op.register()

@@ -1,0 +1,163 @@
+"""What an op of the dialect is: one record, from which registration, function bodies, tests and docs follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import torch
+
+from .body import Body
+from .lengths import Shape, numel
+
+NAMESPACE = "elision"
+OLDEST_OPSET = 18
+"""The first ONNX operator set that the function bodies are written for."""
+
+Attributes = dict[str, Any]
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Attr:
+    """An attribute: its type is that of the default; without a default (None) it is a required int."""
+
+    name: str
+    default: int | float | str | bool | None = None
+
+    @property
+    def kind(self) -> str:
+        return "int" if self.default is None else type(self.default).__name__
+
+    @property
+    def schema(self) -> str:
+        value = f"'{self.default}'" if isinstance(self.default, str) else str(self.default)
+        return f"{self.kind} {self.name}" + ("" if self.default is None else f"={value}")
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """One op. Operands whose name ends in "?" are optional; attributes go by name only.
+
+    reference: the op in plain ATen. torch decomposes it wherever it must see inside (autograd, Inductor, fake
+    tensors, functorch), and keeps it whole in graphs of torch.export and of Dynamo.
+    shapes, dtypes: output shapes and numpy dtype names, from those of the operands (None: absent).
+    body: writes the ONNX function; gets a `Body`, (rank, ONNX dtype) or None per operand, and the attributes.
+    work: floating-point operations from operand shapes and attributes; traffic: elements read and written.
+    full_precision: runs outside autocast, which must not blur which tokens are alike.
+    source: where the op was described first.
+    """
+
+    name: str
+    summary: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    reference: Callable[..., Any]
+    shapes: Callable[[list[Shape | None], Attributes], list[Shape]]
+    dtypes: Callable[[list[str | None], Attributes], list[str]]
+    body: Callable[[Body, list[tuple[int, int] | None], Attributes], Sequence[str]]
+    work: Callable[[list[Shape | None], Attributes], Any]
+    attrs: tuple[Attr, ...] = ()
+    traffic: Callable[[list[Shape | None], Attributes], Any] | None = None
+    full_precision: bool = True
+    source: str = ""
+    _cache: dict[str, onnx.FunctionProto] = field(default_factory=dict, repr=False, compare=False)
+
+    # ---- the schema ----------------------------------------------------------------------------------
+    @property
+    def schema(self) -> str:
+        """The torch schema."""
+        parts = [f"Tensor? {n[:-1]}=None" if n.endswith("?") else f"Tensor {n}" for n in self.inputs]
+        if any(n.endswith("?") and not m.endswith("?") for n, m in zip(self.inputs, self.inputs[1:])):
+            parts = [f"Tensor? {n[:-1]}" if n.endswith("?") else f"Tensor {n}" for n in self.inputs]
+        if self.attrs:
+            parts += ["*", *(a.schema for a in self.attrs)]
+        outputs = ", ".join(f"Tensor {n}" for n in self.outputs)
+        return f"{self.name}({', '.join(parts)}) -> {outputs if len(self.outputs) == 1 else f'({outputs})'}"
+
+    def complete(self, attrs: Attributes) -> Attributes:
+        """The attributes with the defaults filled in. Raises ValueError on an unknown or missing one."""
+        known = {a.name: a for a in self.attrs}
+        for name in attrs:
+            if name not in known:
+                raise ValueError(f"{self.name} has no attribute {name!r}, only {', '.join(known) or 'none'}")
+        full: Attributes = {}
+        for name, attr in known.items():
+            if attr.default is None and name not in attrs:
+                raise ValueError(f"{self.name} needs the attribute {name!r}")
+            full[name] = attrs.get(name, attr.default)
+        return full
+
+    def _operands(self, given: Sequence[Any]) -> list[Any]:
+        if len(given) > len(self.inputs):
+            raise ValueError(f"{self.name} takes {len(self.inputs)} operands, not {len(given)}")
+        return [*given, *[None] * (len(self.inputs) - len(given))]
+
+    # ---- what follows from it ------------------------------------------------------------------------
+    def output_shapes(self, shapes: Sequence[Shape | None], attrs: Attributes) -> list[Shape]:
+        """Shapes of the outputs; lengths may be ints, SymInts or sympy expressions."""
+        found = self.shapes(self._operands(shapes), self.complete(attrs))
+        return [tuple(shape) for shape in found]
+
+    def output_dtypes(self, dtypes: Sequence[str | None], attrs: Attributes) -> list[str]:
+        """numpy names of the outputs' element types."""
+        return self.dtypes(self._operands(dtypes), self.complete(attrs))
+
+    def flops(self, shapes: Sequence[Shape | None], attrs: Attributes) -> Any:
+        """Floating-point operations, two to a multiply-add."""
+        return self.work(self._operands(shapes), self.complete(attrs))
+
+    def bytes(self, shapes: Sequence[Shape | None], attrs: Attributes, itemsize: int = 4) -> Any:
+        """Bytes read and written at least once."""
+        full, attrs = self._operands(shapes), self.complete(attrs)
+        if self.traffic is not None:
+            return self.traffic(full, attrs) * itemsize
+        outputs = self.shapes(full, attrs)
+        return sum(numel(shape) for shape in [*full, *outputs]) * itemsize
+
+    def onnx_function(
+        self, inputs: Sequence[tuple[int, int] | None], attrs: Attributes, opset: int = 20
+    ) -> onnx.FunctionProto:
+        """The op as an ONNX function of standard operators, for operands of these (rank, ONNX dtype).
+
+        name is the op's name and `overload` tells the variants apart. Every attribute is declared with its
+        value as default; the body is written for just these values. Raises ValueError below opset 18."""
+        if opset < OLDEST_OPSET:
+            raise ValueError(f"{self.name} needs operator set {OLDEST_OPSET}, not {opset}")
+        operands, attrs = self._operands(inputs), self.complete(attrs)
+        body = Body(opset, self.name)
+        parts = ["_" if o is None else f"{o[0]}{body.short_type(o[1])}" for o in operands]
+        parts += [f"{k}={_text(v)}" for k, v in attrs.items()]
+        overload = ",".join([*parts, f"opset={opset}"])
+        if overload not in self._cache:
+            names = [n.removesuffix("?") for n in self.inputs]
+            results = self.body(body, operands, attrs)
+            self._cache[overload] = body.function(overload, names, self.outputs, results, attrs)
+        return self._cache[overload]
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]:
+        """The entry of torch's decomposition table."""
+        return {getattr(getattr(torch.ops, NAMESPACE), self.name).default: self._call}
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        tensor = next(a for a in args if a is not None)
+        device = tensor.device.type
+        if self.full_precision and torch.amp.is_autocast_available(device):  # noqa: SIM102
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return self.reference(*args, **kwargs)
+        return self.reference(*args, **kwargs)
+
+    def register(self) -> None:
+        """Make the op known to torch.
+
+        CompositeImplicitAutograd: the reference runs below it, so gradients, fake tensors with symbolic lengths,
+        and Inductor's view into it need no second definition. Pre-dispatch traces keep the op whole."""
+        _LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(self.name, self._call, "CompositeImplicitAutograd")
+
+
+def _text(value: Any) -> str:
+    return format(value, "g") if isinstance(value, float) else str(value)
