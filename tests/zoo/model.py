@@ -34,7 +34,12 @@ class ZooModel:
     make: a module; inputs: batch size -> positional inputs by name, in order. `dynamic` holds the axes that
     torch.export may vary, per input. `tokens` is the length of the sequence that the first block sees,
     `blocks` how many blocks see it. `mask` names the padding mask (1 attends), `per_token` says that the
-    outputs have one row per token, so that rows of padding are not compared.
+    outputs have one row per token, so that rows of padding are not compared. `strides` are (kernel, stride)
+    of the convolutions that make tokens of samples.
+
+    passes: what the breadth tests apply; correlation: what the outputs must still have then, on smooth inputs.
+    `whole_length` says that the architecture reads a fixed last position, padding or not: its results depend
+    on the padding with no pass at all. `reads_padding`: it also reads values there. `unfused_onnx`: torch.onnx knows this attention only as matmuls.
     """
 
     name: str
@@ -49,6 +54,15 @@ class ZooModel:
     architecture: str = ""
     variant: bool = False
     note: str = ""
+    strides: tuple[tuple[int, int], ...] = ()
+    passes: str = "token-merge{r=2}"
+    correlation: float = 0.9
+    whole_length: bool = False
+    reads_padding: bool = False
+    unfused_onnx: bool = False
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     @property
     def seed(self) -> int:

@@ -129,5 +129,5 @@ MODELS = [
     _entry("t5", _t5_tokens, "T5 encoder", per_token=True),
     _entry("t5_mean", _t5_mean, "T5 encoder", variant=True, note="masked mean over tokens"),
     _entry("clip_text", _clip_text, "CLIP text", eos=99),
-    _entry("siglip_text", _siglip_text, "SigLIP text"),
+    _entry("siglip_text", _siglip_text, "SigLIP text", whole_length=True, reads_padding=True),
 ]

@@ -139,6 +139,6 @@ MODELS = [
     _entry("deit_distilled", _distilled, "deit (distilled)", PATCHES + 2),
     _entry("eva02", _eva02, "eva02", PATCHES + 1),
     _entry("beitv2", _beitv2, "beitv2", PATCHES + 1),
-    _entry("samvit", _samvit, "samvit", 64),
+    _entry("samvit", _samvit, "samvit", 64, unfused_onnx=True),
     _entry("swin", _swin, "swin", 64, blocks=4),
 ]
