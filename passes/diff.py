@@ -99,23 +99,8 @@ def _compare(
 ) -> list[Change]:
     """Align both texts by their keys, carry names over from one to the other, mark what still differs."""
     opcodes = difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes()
-    names: dict[str, str] = {}
-    for tag, i, j, k, m in opcodes:
-        for old, new in zip(before[i:j], after[k:m]) if tag == "equal" else ():
-            names.update(zip(_DEFINED.findall(new), _DEFINED.findall(old)))
-    # Another weight is a change, unless most of them have new names: then the first place that reads one decides.
-    mine, theirs = _weights(before), _weights(after)
-    strange = theirs - mine if 2 * len(theirs & mine) < len(theirs) else set()
-    for tag, i, j, k, m in opcodes if strange else ():
-        for old, new in zip(before[i:j], after[k:m]) if tag == "equal" else ():
-            for was, now in zip(_NAME.findall(old), _NAME.findall(new)):
-                if now in strange:
-                    names.setdefault(now, was)
-    if all(now == was for now, was in names.items()):
-        names = {}
-    else:  # a new value must not look like an old one that is called the same
-        taken = _defined(before)
-        names |= {n: f"{n}'" for n in _defined(after) - names.keys() if n in taken}
+    pairs = [p for tag, i, j, k, m in opcodes if tag == "equal" for p in zip(before[i:j], after[k:m])]
+    names = _new_names(before, after, pairs)
     changes: list[Change] = []
     for tag, i, j, k, m in opcodes:
         if tag != "equal":
@@ -125,6 +110,27 @@ def _compare(
         for old, new in zip(before[i:j], after[k:m]):
             changes += _pair(old, _renamed(new, names))
     return changes
+
+
+def _new_names(
+    before: Sequence[str], after: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """What to call the values of `after` so that aligned lines define the same names; {} if they do."""
+    names: dict[str, str] = {}
+    for old, new in pairs:
+        names.update(zip(_DEFINED.findall(new), _DEFINED.findall(old)))
+    # Another weight is a change, unless most of them have new names: then the first place that reads it decides.
+    weights = _weights(after)
+    strange = weights - _weights(before)
+    if 2 * len(strange) > len(weights):
+        for old, new in pairs:
+            for was, now in zip(_NAME.findall(old), _NAME.findall(new)):
+                if now in strange:
+                    names.setdefault(now, was)
+    if all(now == was for now, was in names.items()):
+        return {}
+    taken = _defined(before)  # a new value must not look like an old one that is called the same
+    return names | {n: f"{n}'" for n in _defined(after) - names.keys() if n in taken}
 
 
 def _renamed(line: str, names: dict[str, str]) -> str:
