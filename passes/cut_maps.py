@@ -8,6 +8,7 @@ the rows of the kept tokens); a value that must meet the original tokens is *res
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .analysis.spaces import Analysis, Ends, TokenSpace
 from .errors import Refused
@@ -123,7 +124,7 @@ class Crossing:
             level.shifted[key] = self.insert("shift_map", [level.composed, level.keep, level.source], attrs)
         return level.shifted[key][0]
 
-    def insert(self, op: str, inputs: list[Value | None], attrs: dict[str, object]) -> list[Value]:
+    def insert(self, op: str, inputs: list[Value | None], attrs: dict[str, Any]) -> list[Value]:
         self.count(op)
         outputs = self.graph.insert(op, inputs, attrs, after=self.cursor)
         self.cursor = outputs[0].producer

@@ -43,7 +43,7 @@ class Lengths:
                     if symbol not in self._primes[which]:
                         self._next[which] = int(sympy.nextprime(self._next[which]))
                         self._primes[which][symbol] = self._next[which]
-            a, b = (sympy.sympify(dim.subs(primes)) for primes in self._primes)
+            a, b = (sympy.sympify(dim.subs(list(primes.items()))) for primes in self._primes)
             found = (int(a), int(b)) if a.is_number and b.is_number else (hash(dim) | 1, hash((dim,)) | 1)
             self._known[dim] = found
         return found
