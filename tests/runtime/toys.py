@@ -93,3 +93,32 @@ def onnx_model() -> onnx.ModelProto:
         [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
     )
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+
+
+@register
+class Map(Pass):
+    """Puts out a made-up token map: a 4 x 4 grid after one other token, the first two columns merged row by row."""
+
+    name = "toy-map"
+    summary = "Adds a token map, for tests."
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        grid = np.arange(16).reshape(4, 4) + 1
+        grid[:, 1] = grid[:, 0]
+        grid[3, 3] = -1
+        slot = np.concatenate([[0], grid.ravel()]).astype(np.int32)
+        value = graph.insert_constant(np.stack([slot, slot]), "toy_map")
+        if context.want_map:
+            graph.add_output(value, "elision_token_map")
+        return Outcome(changed=True, extra={"token_map": {"prefix": 1, "suffix": 0}})
+
+
+class ImageModel(torch.nn.Module):
+    """x[2, 3, 32, 32] -> [2, 4]"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 8, stride=8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(x)).mean((2, 3))
