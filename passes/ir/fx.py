@@ -26,24 +26,19 @@ from torch.utils import _pytree as pytree
 
 from ...kernels import ops as _dialect  # noqa: F401  (importing it registers torch.ops.elision)
 from ..errors import ElisionError, VerificationError
-from . import fx_call, fx_lengths, fx_nodes, fx_prepare
+from . import fx_call, fx_lengths, fx_nodes, fx_prepare, fx_raise
 from .fx_view import FxView
 from .graph import Op, Value
 
 
 class FxGraph(FxView):
-    """A `Graph` over an `fx.GraphModule`. Build one with `trace`, `from_export` or `from_module`."""
+    """A `Graph` over an `fx.GraphModule`. Build one with `trace`, `from_export` or `from_module`.
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        """A view of `module`, which must be prepared (see fx_prepare) and which this object then owns."""
-        self.module = module
-        self.extra_outputs: list[str] = []
-        mode = fx_nodes.fake_mode_of(module)
-        if mode is None:
-            raise ElisionError("the graph carries no fake values (node.meta['val'])")
-        self._mode = mode
-        self._runner: fx.GraphModule | None = None
-        self._build()
+    Building brings the graph into a canonical form (no in-place writes, one attention op for each decomposed
+    attention, ...). All of that keeps the function, and all but the raised attentions keep it to the bit.
+    As long as no editing primitive was called, `edited` is False and `to_module`, `run` and `to_export` give
+    the graph as it was before: a pass that changes nothing is the identity, bit for bit. `near_misses` says
+    which attentions were left decomposed, and why."""
 
     # ---- construction --------------------------------------------------------------------------------
     @classmethod
@@ -53,40 +48,55 @@ class FxGraph(FxView):
         args: Sequence[Any],
         kwargs: dict[str, Any] | None = None,
         dynamic_shapes: Any = None,
+        *,
+        raise_attention: bool = True,
     ) -> Self:
         """Export `module` with torch.export (same arguments) and view the result."""
         program = torch.export.export(
             module, tuple(args), kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
-        return cls.from_export(program)
+        return cls.from_export(program, raise_attention=raise_attention)
 
     @classmethod
-    def from_export(cls, program: torch.export.ExportedProgram) -> Self:
+    def from_export(cls, program: torch.export.ExportedProgram, *, raise_attention: bool = True) -> Self:
         """View an exported program. Parameters and buffers stay the same tensor objects."""
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        # program.module() refuses train() and eval(); a plain GraphModule over the same tensors does not.
-        plain = fx.GraphModule(module, fx_nodes.copy_graph(module.graph))
-        plain.train(module.training)
-        fx_prepare.prepare(plain)
-        return cls(plain)
+        return cls._prepared(module, raise_attention)
 
     @classmethod
-    def from_module(cls, module: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> Self:
+    def from_module(
+        cls,
+        module: fx.GraphModule,
+        example_inputs: Sequence[Any] | None = None,
+        *,
+        raise_attention: bool = True,
+    ) -> Self:
         """View a graph from `make_fx(..., pre_dispatch=True)` or `fx_trace.retrace`.
 
         `node.meta['val']` must be set. Placeholders are inputs unless `meta['elision_origin']` says otherwise
         or the example input is a Parameter. `module` itself is left as it was."""
-        plain = fx.GraphModule(module, fx_nodes.copy_graph(module.graph))
-        plain.train(module.training)
+        plain = fx_nodes.copy_module(module)
         holders = [n for n in plain.graph.nodes if n.op == "placeholder"]
         for node, example in zip(holders, example_inputs or ()):
             if isinstance(example, torch.nn.Parameter):
                 node.meta.setdefault("elision_origin", "parameter")
             if isinstance(example, torch.Tensor) and not hasattr(example, "fake_mode"):
                 node.meta.setdefault("elision_tensor", example)
-        fx_prepare.prepare(plain)
-        return cls(plain)
+        return cls._prepared(plain, raise_attention)
+
+    @classmethod
+    def _prepared(cls, module: fx.GraphModule, raise_attention: bool) -> Self:
+        # program.module() refuses train() and eval(); a plain GraphModule over the same tensors does not.
+        original = fx_nodes.copy_module(module)
+        fx_nodes.drop_guards(original.graph)
+        prepared = fx_nodes.copy_module(original)
+        fx_prepare.prepare(prepared)
+        graph = cls(prepared)
+        if raise_attention:
+            graph.near_misses = fx_raise.raise_attention(graph)
+        graph.original = original
+        return graph
 
     def to_module(self) -> fx.GraphModule:
         """The graph as a module of its own, with the original call signature and output structure.
@@ -94,9 +104,7 @@ class FxGraph(FxView):
         After `add_output` it returns `(original output, extra, ...)`. Tensors are shared with this graph;
         later edits of the graph do not reach the module. As with torch.export, train() and eval() do not
         change dropout or batch norm: the mode of tracing is written into the graph."""
-        module = fx.GraphModule(self.module, fx_nodes.copy_graph(self.module.graph))
-        module.train(self.module.training)
-        return module
+        return fx_nodes.copy_module(self.module if self.original is None else self.original)
 
     def to_export(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Any:
         """The graph as a new ExportedProgram; axes that were dynamic stay so. Takes example inputs."""
@@ -120,11 +128,16 @@ class FxGraph(FxView):
             shapes = {**dict(zip(names, shapes)), **named}
         return torch.export.export(module, tuple(args), kwargs, dynamic_shapes=shapes, strict=False)
 
-    def copy(self) -> FxGraph:
-        module = fx.GraphModule(self.module, fx_nodes.copy_graph(self.module.graph))
-        module.train(self.module.training)
-        twin = type(self)(module)
+    @property
+    def edited(self) -> bool:
+        """Whether an editing primitive was called since the graph was built."""
+        return self.original is None
+
+    def copy(self) -> Self:
+        twin = type(self)(fx_nodes.copy_module(self.module))
+        twin.original = self.original
         twin.extra_outputs = list(self.extra_outputs)
+        twin.near_misses = list(self.near_misses)
         return twin
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,6 +206,12 @@ class FxGraph(FxView):
                 self._add_op(node, position)
                 position += 1
             return argument, position
+        if isinstance(value, list | tuple):
+            items = []
+            for item in value:
+                argument, position = self._attribute(item, before, position)
+                items.append(argument)
+            return items, position
         if isinstance(value, np.generic):
             return value.item(), position
         return value, position
@@ -253,8 +272,8 @@ class FxGraph(FxView):
             self.module.graph.set_codegen(graph_codegen)
             output.args = ((*self._output_leaves(), node),)
         else:
-            original = output.args[0]
-            output.args = ((*original, node) if self.extra_outputs else (original, node),)  # type: ignore[misc]
+            original: Any = output.args[0]
+            output.args = ((*original, node) if self.extra_outputs else (original, node),)
         self.extra_outputs.append(name)
         self._changed()
         self._read_outputs()
@@ -358,6 +377,7 @@ class FxGraph(FxView):
     # ---- inside --------------------------------------------------------------------------------------
     def _changed(self) -> None:
         self._runner = None
+        self.original = None
 
     def _node(self, value: Value) -> fx.Node:
         """The node of a value; an output that nobody read yet gets its getitem now."""
@@ -389,16 +409,8 @@ class FxGraph(FxView):
     def _first_call(self) -> fx.Node:
         return next(n for n in self.module.graph.nodes if n.op not in ("placeholder", "get_attr"))
 
-    def _evaluate(self, node: fx.Node) -> Any:
-        region = self._regions.get(node)
-        if region is None:
-            return fx_nodes.evaluate(node, self._mode)
-        device, dtype, enabled, cache = region
-        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
-            return fx_nodes.evaluate(node, self._mode)
-
     def _device(self) -> torch.device:
-        for value in [*self.inputs, *(v for op in self.ops for v in op.outputs)]:
-            if isinstance(value.raw, fx.Node) and isinstance(value.raw.meta.get("val"), torch.Tensor):
-                return value.raw.meta["val"].device
+        for node in self.module.graph.nodes:
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                return node.meta["val"].device
         return torch.device("cpu")

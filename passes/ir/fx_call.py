@@ -46,7 +46,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def as_dim(size: Any) -> Dim:
     """An axis length as an int or a sympy expression."""
     if isinstance(size, torch.SymInt):
-        expr = size.node.expr
+        expr: Any = size.node.expr
         return int(expr) if expr.is_Integer else expr
     return int(size)
 

@@ -38,6 +38,20 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return twin
 
 
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A module with a copy of the graph, over the same tensors."""
+    twin = fx.GraphModule(module, copy_graph(module.graph))
+    twin.train(module.training)
+    return twin
+
+
+def drop_guards(graph: fx.Graph) -> None:
+    """Erase the call of torch.export's module of input guards."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+
+
 def type_of(value: Any) -> tuple[Shape | None, str]:
     if isinstance(value, torch.Tensor):
         return fx_call.as_shape(value), fx_call.dtype_name(value.dtype)

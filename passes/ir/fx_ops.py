@@ -66,7 +66,7 @@ _POINTWISE = (
         "hardtanh",
         "fill",
     ),
-    *("__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "normal", "uniform"),
+    *("copy", "zero", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "normal", "uniform"),
     *("quantize_per_tensor", "fake_quantize_per_tensor_affine", "selu", "relu6", "logical_not", "isfinite"),
 )
 _RENAMED = {

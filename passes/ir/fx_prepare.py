@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..errors import ElisionError
 from . import fx_call, fx_ops
@@ -31,9 +32,7 @@ def prepare(module: fx.GraphModule) -> None:
 def drop_metadata_checks(graph: fx.Graph) -> None:
     """Erase the dtype checks that tracing puts before every cast: the verifier compares dtypes itself."""
     for node in list(graph.nodes):
-        if (
-            node.op == "call_function" and fx_call.target_name(node.target) == "aten::_assert_tensor_metadata"
-        ) or (node.op == "call_module" and node.target == "_guards_fn"):
+        if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
 
 
@@ -67,11 +66,23 @@ def fill_meta(module: fx.GraphModule) -> None:
     if mode is None:
         raise ElisionError("the graph carries no fake values (node.meta['val']): trace it with fake tensors")
     for node in module.graph.nodes:
+        if node.op == "get_attr":
+            _note_number(node, fetch(module, str(node.target)))
         if "val" in node.meta:
             continue
         if node.op == "get_attr":
-            value = fetch(module, node.target)
+            value = fetch(module, str(node.target))
             if isinstance(value, torch.Tensor):
                 node.meta["val"] = mode.from_tensor(value, static_shapes=True)
         elif node.op == "call_function" and fx_call.target_name(node.target) not in fx_ops.SWITCHES:
             node.meta["val"] = evaluate(node, mode)
+
+
+def _note_number(node: fx.Node, value: object) -> None:
+    """Let a constant that is one number carry it, so that passes can read it without the data."""
+    single = (
+        isinstance(value, torch.Tensor) and value.dim() == 0 and not isinstance(value, torch.nn.Parameter)
+    )
+    if single and not hasattr(value, "fake_mode"):
+        with unset_fake_temporarily():
+            node.meta["elision_number"] = value.item()

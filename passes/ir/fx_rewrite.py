@@ -14,6 +14,7 @@ from . import fx_call, fx_ops
 from .fx_nodes import evaluate, fake_mode_of, same_length
 
 aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def rewrite(module: fx.GraphModule) -> None:
@@ -25,7 +26,11 @@ def rewrite(module: fx.GraphModule) -> None:
         if node.op != "call_function":
             continue
         name = fx_call.target_name(node.target)
-        if name in fx_ops.TAKEN_APART:
+        if node.target in _VIEWS:
+            # The same elements; and it goes on working when a pass changes the strides that come in.
+            node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
+            node.target = aten.reshape.default
+        elif name in fx_ops.TAKEN_APART:
             _take_apart(module, node, mode)
         elif name in ("aten::index", "aten::_unsafe_index"):
             _Rewriter(module.graph, node, mode).index()

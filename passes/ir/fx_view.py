@@ -21,7 +21,19 @@ class FxView(Graph):
     """Reads an `fx.GraphModule`; `FxGraph` adds construction and editing."""
 
     host = "fx"
-    module: fx.GraphModule
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        """A view of `module`, which must be prepared (see fx_prepare) and which this object then owns."""
+        self.module = module
+        self.original: fx.GraphModule | None = None
+        self.extra_outputs: list[str] = []
+        self.near_misses: list[str] = []
+        mode = fx_nodes.fake_mode_of(module)
+        if mode is None:
+            raise ElisionError("the graph carries no fake values (node.meta['val'])")
+        self._mode = mode
+        self._runner: fx.GraphModule | None = None
+        self._build()
 
     def _build(self) -> None:
         self.ops = []
@@ -35,7 +47,7 @@ class FxView(Graph):
             if node.op == "placeholder":
                 self._add_placeholder(node)
             elif node.op == "get_attr":
-                tensor = fx_nodes.fetch(self.module, node.target)
+                tensor = fx_nodes.fetch(self.module, str(node.target))
                 if isinstance(tensor, torch.Tensor):
                     parameter = isinstance(tensor, torch.nn.Parameter)
                     self._new_value(node, "parameter" if parameter else "constant")
@@ -141,7 +153,7 @@ class FxView(Graph):
         if not isinstance(node, fx.Node):
             return None
         if node.op == "get_attr":
-            found = fx_nodes.fetch(self.module, node.target)
+            found = fx_nodes.fetch(self.module, str(node.target))
         else:
             found = node.meta.get("elision_tensor") if value.origin in ("parameter", "constant") else None
         return found if isinstance(found, torch.Tensor) else None
@@ -204,3 +216,11 @@ class FxView(Graph):
         for symbol, replacement in shape_env.replacements.items():
             if symbol not in before and sympy.sympify(replacement).is_number:
                 raise VerificationError(f"the dynamic length {symbol} would be fixed to {replacement}")
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        region = self._regions.get(node)
+        if region is None:
+            return fx_nodes.evaluate(node, self._mode)
+        device, dtype, enabled, cache = region
+        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
+            return fx_nodes.evaluate(node, self._mode)

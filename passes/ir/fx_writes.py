@@ -230,11 +230,11 @@ class _Writer:
 
 
 def _shares_memory(out: Any, source: Any) -> bool:
-    first = out[0] if isinstance(out, list | tuple) and out else out
-    source = source[0] if isinstance(source, list | tuple) and source else source
-    if not isinstance(first, FakeTensor) or not isinstance(source, FakeTensor):
+    if isinstance(out, list | tuple):
+        return bool(out) and _shares_memory(out[0], source)
+    if not isinstance(out, FakeTensor) or not isinstance(source, FakeTensor):
         return False
-    return first.untyped_storage()._cdata == source.untyped_storage()._cdata
+    return out.untyped_storage()._cdata == source.untyped_storage()._cdata
 
 
 # ---- constants ---------------------------------------------------------------------------------------

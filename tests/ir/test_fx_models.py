@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from elision.passes.ir.fx import FxGraph
+from torch import fx
 from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parent))
