@@ -48,20 +48,27 @@ FREE = {"cast", "where", "dropout", "eq", "ne", "lt", "le", "gt", "ge", "logical
 class Machine:
     """Peak rates for the roofline: operations and bytes per second, and a fixed time per operation.
 
-    `overhead` is 0 by default: how long a launch takes depends on the host far more than on the graph.
+    An operation that moves at most `cache` bytes moves them at the rate `near`. `overhead` is 0 by default:
+    how long a launch takes depends on the host far more than on the graph.
     """
 
     name: str
     flops: float
     bytes: float
+    cache: float = 0.0
+    near: float = 0.0
     overhead: float = 0.0
+
+    def seconds(self, flops: float, moved: float) -> float:
+        rate = self.near if moved <= self.cache and self.near else self.bytes
+        return max(flops / self.flops, moved / rate) + self.overhead
 
 
 MACHINES = {
-    # A desktop of today: 8 cores, AVX2 in fp32, two channels of DDR5. Ratios matter, not the absolute rate.
-    "cpu": Machine("cpu", flops=4e11, bytes=5e10),
-    # A data-centre GPU in bf16 at a rate that real kernels reach, HBM3.
-    "gpu": Machine("gpu", flops=4e14, bytes=3e12),
+    # A desktop of today: 8 cores, AVX2 in fp32, two channels of DDR5. Ratios matter, not the absolute rates.
+    "cpu": Machine("cpu", flops=4e11, bytes=5e10, cache=8e6, near=4e11),
+    # A data-centre GPU in bf16 at rates that real kernels reach, HBM3.
+    "gpu": Machine("gpu", flops=4e14, bytes=3e12, cache=3e7, near=6e12),
 }
 
 
@@ -117,7 +124,7 @@ def estimate(
                 total.tokens_per_block.append(tokens)
         if not flops and not moved:
             continue
-        seconds = max(flops / machine.flops, moved / machine.bytes) + machine.overhead
+        seconds = machine.seconds(flops, moved)
         part = total.by_op.setdefault(_dialect_name(op) or op.kind, OpCost())
         for record in (part, total):
             record.flops += flops
@@ -283,7 +290,8 @@ def _dialect_cost(op: Op, lengths: _Lengths) -> tuple[float, float]:
         return 0.0, lengths.bytes([*op.inputs, *op.outputs])
     first = next((v for v in op.inputs if v is not None), None)
     itemsize = ITEMSIZE.get(first.dtype, 4) if first is not None else 4
-    flops, moved = OPS[name].flops(shapes, op.attrs), OPS[name].bytes(shapes, op.attrs, itemsize)
+    attrs = {key: item for key, item in op.attrs.items() if key != "op"}  # the op's own name, in ONNX
+    flops, moved = OPS[name].flops(shapes, attrs), OPS[name].bytes(shapes, attrs, itemsize)
     return float(flops), float(moved)
 
 

@@ -177,10 +177,10 @@ def _counted(changes: Sequence[Change]) -> list[Change]:
     held: list[Change] = []  # unchanged lines since the run's last member
 
     def close() -> None:
-        if run:
-            result.append(
-                Change("~", f"{len(run)} op{'s' * (len(run) > 1)}: {run[0].lengths}", run[0].lengths)
-            )
+        if len(run) == 1:
+            result.append(run[0])
+        elif run:
+            result.append(Change("~", f"{len(run)} ops: {run[0].lengths}", run[0].lengths))
         result.extend(held)
         run.clear()
         held.clear()

@@ -385,12 +385,12 @@ def _one_line(error: BaseException) -> str:
 def _seconds(value: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}"
+            return f"{value / scale:.4g} {unit}"
     return f"{value / 1e-9:.3g} ns"
 
 
 def _big(value: float) -> str:
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}"
+            return f"{value / scale:.4g} {unit}"
     return f"{value:.0f} "

@@ -10,6 +10,7 @@ import onnx_ir
 import pytest
 import sympy
 import torch
+from elision.kernels import OPS
 from elision.passes.cost import DEFAULT_LENGTH, MACHINES, Cost, Machine, estimate
 from elision.passes.ir.fx import FxGraph
 from elision.passes.ir.graph import Op, Value
@@ -129,10 +130,31 @@ def test_onnx_gemm_and_copies() -> None:
 @pytest.mark.parametrize("machine", [*MACHINES.values(), Machine("launch", 1e30, 1e30, overhead=1.0)])
 def test_roofline(machine: Machine) -> None:
     cost = estimate(FxGraph.trace(Block().eval(), (torch.randn(1, 4, 8),)), machine=machine)
-    floor = max(cost.flops / machine.flops, cost.bytes / machine.bytes)
+    floor = max(cost.flops / machine.flops, cost.bytes / max(machine.bytes, machine.near))
     assert cost.seconds >= floor
     if machine.overhead:
         assert cost.seconds == pytest.approx(sum(p.count for p in cost.by_op.values()))
+
+
+def test_small_operations_stay_in_the_cache() -> None:
+    machine = Machine("cached", flops=1e30, bytes=1.0, cache=100, near=10.0)
+    assert machine.seconds(0, 100) == 10 and machine.seconds(0, 101) == 101
+    assert Machine("plain", flops=1e30, bytes=1.0).seconds(0, 100) == 100
+
+
+def test_dialect_ops_are_costed_by_their_definitions() -> None:
+    class Merge(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            slot, keep, source = torch.ops.elision.match_tokens(x, r=3)
+            return torch.ops.elision.merge_tokens(x, None, slot, keep, source, axis=1, batch_axis=0)[0]
+
+    graph = FxGraph.trace(Merge(), (torch.randn(2, 9, 4),))
+    cost = estimate(graph)
+    assert list(cost.by_op) and set(cost.by_op) == {"match_tokens", "merge_tokens"}
+    shapes = [(2, 9, 4), None, (2, 9), (2, 6), (2, 3)]
+    by_hand = OPS["merge_tokens"].flops(shapes, {"axis": 1, "batch_axis": 0})
+    assert cost.by_op["merge_tokens"].flops == by_hand > 0
+    assert cost.by_op["match_tokens"].flops >= 2 * 2 * 5 * 4 * 4
 
 
 def test_fewer_tokens_cost_less() -> None:
