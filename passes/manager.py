@@ -392,5 +392,5 @@ def _seconds(value: float) -> str:
 def _big(value: float) -> str:
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
-            return f"{value / scale:.4g} {unit}"
+            return f"{value / scale:.3g} {unit}"
     return f"{value:.0f} "

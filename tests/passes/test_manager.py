@@ -22,6 +22,8 @@ from elision.passes.errors import (
 )
 from elision.passes.ir.graph import Graph
 from elision.passes.manager import PassFailed, run_pipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from .memory_graph import MemoryGraph
 
@@ -266,6 +268,33 @@ def test_example_inputs_that_do_not_fit() -> None:
     with pytest.raises(ElisionError, match="does not run on the example inputs") as caught:
         go(graph, [np.zeros((2, 5), np.float32)], Scale(by=2.0))
     assert type(caught.value) is ElisionError
+
+
+def clear(trial: MemoryGraph, context: PassContext) -> Outcome:
+    trial.ops.clear()
+    raise Refused("custom stops here")
+
+
+steps = st.sampled_from([Scale(by=2.0), Scale(), Exact(), Exact(by=2.0), Reducing(by=3.0), custom(clear)])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(steps, max_size=5), st.booleans())
+def test_no_run_touches_its_input(passes: list[Pass], force: bool) -> None:
+    graph, args = small()
+    before, reference = graph.text(), graph.calculate(args)[0]
+    factor = 1.0
+    try:
+        report = go(graph, args, passes, context=PassContext(force=force))
+    except (Refused, VerificationError) as error:
+        assert error.reproducer is not None and error.graph is not None
+    else:
+        for done, single in zip(report.passes, passes):
+            factor *= single.options.by if done.changed else 1.0
+        np.testing.assert_allclose(report.graph.calculate(args)[0], factor * reference, rtol=1e-5)
+        assert len(report.snapshots) == 1 + sum(p.changed for p in report.passes)
+    assert graph.text() == before
+    np.testing.assert_array_equal(graph.calculate(args)[0], reference)
 
 
 def test_progress_is_told_before_each_pass() -> None:
