@@ -11,10 +11,13 @@ float32 says how many original tokens a token stands for; 0 is padding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .definition import Attr, OpDef
-from .ops import OPS
+# transformers asks for a package called `kernels`, and with the repository's root on sys.path it finds this folder.
+# It must then see an empty module, not a second registration of every op.
+if TYPE_CHECKING or __name__ == "elision.kernels":
+    from .definition import Attr, OpDef
+    from .ops import OPS
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
