@@ -47,6 +47,7 @@ class OpDef:
     body: writes the ONNX function; gets a `Body`, (rank, ONNX dtype) or None per operand, and the attributes.
     work: floating-point operations from operand shapes and attributes; traffic: elements read and written.
     full_precision: runs outside autocast, which must not blur which tokens are alike.
+    opaque_shapes: the reference's symbolic shapes are correct but roundabout; shape propagation takes `shapes`.
     source: where the op was described first.
     """
 
@@ -62,6 +63,7 @@ class OpDef:
     attrs: tuple[Attr, ...] = ()
     traffic: Callable[[list[Shape | None], Attributes], Any] | None = None
     full_precision: bool = True
+    opaque_shapes: bool = False
     source: str = ""
     _cache: dict[str, onnx.FunctionProto] = field(default_factory=dict, repr=False, compare=False)
 
@@ -142,7 +144,12 @@ class OpDef:
         return {getattr(getattr(torch.ops, NAMESPACE), self.name).default: self._call}
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = self.complete(kwargs)  # the dispatcher leaves out what equals the schema's default
         tensor = next(a for a in args if a is not None)
+        if self.opaque_shapes and _only_shapes_matter(args):
+            shapes = self.output_shapes([None if a is None else tuple(a.shape) for a in args], kwargs)
+            dtypes = self.output_dtypes([None] * len(args), kwargs)
+            return tuple(tensor.new_empty(s, dtype=getattr(torch, d)) for s, d in zip(shapes, dtypes))
         device = tensor.device.type
         if self.full_precision and torch.amp.is_autocast_available(device):  # noqa: SIM102
             if torch.is_autocast_enabled(device):
@@ -157,6 +164,13 @@ class OpDef:
         and Inductor's view into it need no second definition. Pre-dispatch traces keep the op whole."""
         _LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(self.name, self._call, "CompositeImplicitAutograd")
+
+
+def _only_shapes_matter(args: Sequence[Any]) -> bool:
+    """Is this a walk over fake tensors of symbolic shape that records no operations?"""
+    if not any(isinstance(length, torch.SymInt) for a in args if a is not None for length in a.shape):
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
 
 
 def _text(value: Any) -> str:

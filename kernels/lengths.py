@@ -7,6 +7,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, Min
 
 Dim = Any
@@ -19,6 +20,9 @@ def least(a: Dim, b: Dim) -> Dim:
     """The smaller one, without deciding which where a length is symbolic."""
     if isinstance(a, sympy.Basic) or isinstance(b, sympy.Basic):
         return plain(Min(sympy.sympify(a), sympy.sympify(b)))
+    for one, other in ((a, b), (b, a)):
+        if statically_known_true(one <= other):
+            return one
     return torch.sym_min(a, b)
 
 

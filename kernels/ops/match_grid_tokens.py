@@ -57,7 +57,7 @@ def match_grid_tokens(
     receiving = torch.tensor(destinations, dtype=torch.int64, device=device)
     positions = torch.arange(count, device=device).expand(batch, count)
     unit = normalised(metric)
-    score = unit.index_select(1, movable) @ unit.index_select(1, receiving).transpose(1, 2)
+    score = torch.bmm(unit.index_select(1, movable), unit.index_select(1, receiving).transpose(1, 2))
     best, partner = score.max(-1)
     ranking = torch.sort(best, dim=1, descending=True, stable=True).indices
     removed, stay = ranking[:, :gone], ranking[:, gone:]

@@ -53,7 +53,7 @@ def match_padded_tokens(
     place = torch.sort(torch.where(real, positions, positions + count), dim=1).values % count
     unit = take(normalised(torch.where(real.unsqueeze(-1), metric, 0)), place, 1, 0)
     free = (positions >= prefix) & (positions < n - suffix)
-    score = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)
+    score = torch.bmm(unit[:, 0::2], unit[:, 1::2].transpose(1, 2))
     score = torch.where(free[:, 0::2, None] & free[:, None, 1::2], score, UNLIKE)
     best, partner = score.max(-1)
     ranking = torch.sort(best, dim=1, descending=True, stable=True).indices
@@ -164,6 +164,7 @@ OP = OpDef(
     outputs=("slot", "keep", "source"),
     attrs=BUDGET,
     reference=match_padded_tokens,
+    opaque_shapes=True,
     shapes=_shapes,
     dtypes=lambda dtypes, attrs: ["int32"] * 3,
     body=_body,

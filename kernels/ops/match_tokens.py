@@ -48,7 +48,7 @@ def match_tokens(
     unit = normalised(metric)
     (first_a, first_b), end = sides(prefix), count - suffix
     a, b = unit[:, first_a:end:2], unit[:, first_b:end:2]
-    best, partner = (a @ b.transpose(1, 2)).max(-1)
+    best, partner = torch.bmm(a, b.transpose(1, 2)).max(-1)
     ranking = torch.sort(best, dim=1, descending=True, stable=True).indices
     removed, stay = ranking[:, :gone], ranking[:, gone:]
     if prefix > 0 and order == "published":
@@ -169,6 +169,7 @@ OP = OpDef(
     outputs=("slot", "keep", "source"),
     attrs=BUDGET,
     reference=match_tokens,
+    opaque_shapes=True,
     shapes=lambda shapes, attrs: map_shapes(shapes[0], _gone(shapes, attrs)),
     dtypes=lambda dtypes, attrs: ["int32"] * 3,
     body=_body,

@@ -57,7 +57,7 @@ def merge_tokens(
     share = torch.where(slots[None, :, None] == target[:, None, :], weight[:, None, :], 0.0)  # [B, N', R]
     received = share.sum(-1)
     total = own + received
-    mean = kept.to(wide) * own.unsqueeze(-1) + share.to(wide) @ moved
+    mean = kept.to(wide) * own.unsqueeze(-1) + torch.bmm(share.to(wide), moved)
     mean = mean / torch.where(received > 0, total, 1.0).unsqueeze(-1)
     y = torch.where(received.unsqueeze(-1) > 0, mean.to(x.dtype), kept)
     return from_rows(y, x, axis, batch_axis), total
