@@ -56,12 +56,12 @@ class OpDef:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     reference: Callable[..., Any]
-    shapes: Callable[[list[Shape | None], Attributes], list[Shape]]
-    dtypes: Callable[[list[str | None], Attributes], list[str]]
+    shapes: Callable[[list[Any], Attributes], list[Shape]]
+    dtypes: Callable[[list[Any], Attributes], list[str]]
     body: Callable[[Body, list[tuple[int, int] | None], Attributes], Sequence[str]]
-    work: Callable[[list[Shape | None], Attributes], Any]
+    work: Callable[[list[Any], Attributes], Any]
     attrs: tuple[Attr, ...] = ()
-    traffic: Callable[[list[Shape | None], Attributes], Any] | None = None
+    traffic: Callable[[list[Any], Attributes], Any] | None = None
     full_precision: bool = True
     opaque_shapes: bool = False
     source: str = ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ..definition import OpDef
 from . import (
     attention,
@@ -38,3 +41,13 @@ OPS: dict[str, OpDef] = {op.name: op for op in _ALL}
 
 for _op in _ALL:
     _op.register()
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Decompositions of every op, to be merged into a torch decomposition table.
+
+    Inductor needs none: torch takes the ops apart below autograd by itself."""
+    table: dict[Any, Callable[..., Any]] = {}
+    for op in OPS.values():
+        table.update(op.decompositions())
+    return table
