@@ -7,18 +7,15 @@ layout 19.2, over [b, h, n, d] 23.2, MatMul-Softmax-MatMul 24.1. With a mask the
 RMSNormalization are as fast as any other form that we know, so they stay.
 
 onnxruntime's Attention does not broadcast a mask along queries and keys, as the standard allows: such masks
-are expanded.
+are expanded. Rows without any key it sets to zero, as torch's own export does with a Where around the softmax.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import onnx_ir as ir
 
 from ..ir.onnx_shapes import MALFORMED, ShapeEnv
-from .raise_attention import NAN_GUARD
 from .surgery import Declined, Editor, operand, used
 
 CONTRIB = "com.microsoft"
@@ -43,7 +40,6 @@ def lower_attention(ed: Editor) -> None:
             continue
         try:
             fit_mask(ed, node)
-            guard_rows(ed, node)
             flatten(ed, node, cache)
         except (Declined, *MALFORMED) as why:
             # The operator is right as it stands, only slower.
@@ -81,33 +77,6 @@ def fit_mask(ed: Editor, node: ir.Node) -> None:
         node.replace_input_with(3, mask)
 
 
-def guard_rows(ed: Editor, node: ir.Node) -> None:
-    """Rows without any key give zero where the source of the operator did so."""
-    mask = operand(node, 3)
-    if node.metadata_props.pop(NAN_GUARD, None) is None or mask is None:
-        return
-    out = node.outputs[0]
-    if mask.dtype == ir.DataType.BOOL:
-        ones = ed.emit("Cast", [mask], {"to": ir.DataType.FLOAT}, before=node)
-        best, least = ed.emit("ReduceMax", [ones, ed.ints([-1])], {"keepdims": 1}, before=node), 0.0
-    else:
-        best, least = ed.emit("ReduceMax", [mask, ed.ints([-1])], {"keepdims": 1}, before=node), -math.inf
-    alive = ed.emit("Greater", [best, ed.like(least, best)], before=node)
-    uses = list(out.uses())
-    guarded = ir.node("Where", [alive, out, ed.like(0.0, out)], name=ed.node_name(f"{node.name}/guard"))
-    ed.graph.insert_after(node, guarded)
-    guarded.outputs[0].name = ed.unique(f"{out.name}_guarded")
-    ed.env.update(guarded)
-    if out.is_graph_output():
-        name = out.name
-        out.name, guarded.outputs[0].name = guarded.outputs[0].name, name
-        for i, graph_out in enumerate(ed.graph.outputs):
-            if graph_out is out:
-                ed.graph.outputs[i] = guarded.outputs[0]
-    for use in uses:
-        use.node.replace_input_with(use.idx, guarded.outputs[0])
-
-
 # ---- layouts -----------------------------------------------------------------------------------------
 def flatten(ed: Editor, node: ir.Node, cache: dict[ir.Value, list[ir.Value]]) -> None:
     """Attention over [b, h, n, d] between split and joined heads, as one operator over [b, n, h * d]."""
@@ -119,7 +88,7 @@ def flatten(ed: Editor, node: ir.Node, cache: dict[ir.Value, list[ir.Value]]) ->
     sources = [flat_source(ed, value) for value in values]
     if any(source is None for source in sources):
         raise Declined("its operands are not heads split off one axis")
-    swap, join = joining(ed, node)
+    join = joining(ed, node)
     width, heads, shared = ed.env.need(values[0])[3], ed.env.need(values[0])[1], ed.env.need(values[1])[1]
     if not isinstance(heads, int) or not isinstance(shared, int):
         raise Declined("the number of its heads is not static")
@@ -147,8 +116,8 @@ def flatten(ed: Editor, node: ir.Node, cache: dict[ir.Value, list[ir.Value]]) ->
     ed.replace(join.outputs[0], new)
 
 
-def joining(ed: Editor, node: ir.Node) -> tuple[ir.Node, ir.Node]:
-    """The Transpose and Reshape that join the heads after the operator."""
+def joining(ed: Editor, node: ir.Node) -> ir.Node:
+    """The Reshape, behind a Transpose, that joins the heads after the operator."""
     swap = ed.user(node.outputs[0], "Transpose")
     join = ed.user(swap.outputs[0], "Reshape") if swap is not None else None
     if swap is None or join is None or list(swap.attributes.get_ints("perm", [])) != SWAP:
@@ -156,7 +125,7 @@ def joining(ed: Editor, node: ir.Node) -> tuple[ir.Node, ir.Node]:
     before, after = ed.env.need(swap.outputs[0]), ed.env.need(join.outputs[0])
     if len(after) != 3 or before[:2] != after[:2]:
         raise Declined("its heads are not joined after it")
-    return swap, join
+    return join
 
 
 class Joined:

@@ -19,7 +19,7 @@ from onnxscript import version_converter
 
 from ..errors import ModelFileError
 from ..ir.onnx_shapes import ShapeEnv
-from . import contrib, fold, plain, raise_attention, raise_norms
+from . import contrib, fold, plain, plain_masks, raise_attention, raise_norms
 from .surgery import Editor
 
 OPSET = 23
@@ -84,6 +84,7 @@ def rewrite(ed: Editor) -> None:
     raise_norms.raise_norms(ed)
     raise_norms.raise_gelu(ed)
     raise_attention.raise_attention(ed)
+    plain_masks.simplify_masks(ed)
     fold_all(ed)
     share(ed)
     tidy(ed)

@@ -1,9 +1,8 @@
 """Plain spellings: operators with several meanings at once are split into ones with one meaning each.
 
-A Slice along several axes becomes one per axis; an Einsum that is a matrix product becomes Transpose and MatMul; a Gemm
-with a transposed first operand or factors loses them; Attention over packed heads gets its heads as an axis;
-a GatherND that only picks every position of some axes becomes a reshape (mask functions traced by torch
-produce these).
+A Slice along several axes becomes one per axis; an Einsum that is a matrix product becomes Transpose and MatMul;
+a Gemm with a transposed first operand or factors loses them; Attention over packed heads gets its heads as an
+axis.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ def simplify(ed: Editor) -> None:
         "Einsum": plain_einsum,
         "Gemm": plain_gemm,
         "Attention": heads_as_axis,
-        "GatherND": plain_gather_nd,
     }
     for node in list(ed.graph):
         if node.domain == "" and node.op_type in rules and node.graph is ed.graph:
@@ -152,88 +150,3 @@ def join_heads(ed: Editor, before: ir.Node, value: ir.Value) -> ir.Value:
     total = heads * width if isinstance(heads, int) and isinstance(width, int) else -1
     target = ed.ints([0, shape[1] if isinstance(shape[1], int) else 0, total])
     return ed.emit("Reshape", [swapped, target], before=before)
-
-
-# ---- picking every position --------------------------------------------------------------------------
-def plain_gather_nd(ed: Editor, node: ir.Node) -> None:
-    """x[arange(n0)[:, None, ..], arange(n1), ..]: every position of the leading axes, in a new layout."""
-    x, indices = node.inputs[0], node.inputs[1]
-    shape, target = ed.shape(x), ed.shape(node.outputs[0])
-    parts = components(ed, indices)
-    if (
-        x is None
-        or shape is None
-        or target is None
-        or parts is None
-        or node.attributes.get_int("batch_dims", 0)
-    ):
-        return
-    rank = len(ed.env.need(indices)) - 1
-    axes: list[int] = []
-    for position, part in enumerate(parts):
-        axis = counts_along(ed, part, rank, shape[position])
-        if axis is None:
-            return
-        axes.append(axis)
-    if axes != sorted(set(axes)):
-        return
-    gaps = [i for i in range(rank) if i not in axes]
-    if any(target[i] != 1 for i in gaps):
-        return
-    out = ed.emit("Unsqueeze", [x, ed.ints(gaps)], before=node) if gaps else x
-    if ed.shape(out) == target:
-        ed.replace(node.outputs[0], out)
-        ed.count("GatherND made a reshape")
-
-
-def components(ed: Editor, value: ir.Value | None) -> list[ir.Value] | None:
-    """The values whose stack along a new last axis is `value`."""
-    node = ed.made_by(value, "Concat")
-    if (
-        node is None
-        or value is None
-        or node.attributes.get_int("axis", 0) not in (-1, len(ed.env.need(value)) - 1)
-    ):
-        return None
-    found: list[ir.Value] = []
-    for part in node.inputs:
-        inner = ed.made_by(part, "Unsqueeze")
-        shape = ed.shape(part)
-        if inner is None or inner.inputs[0] is None or shape is None or shape[-1] != 1:
-            return None
-        found.append(inner.inputs[0])
-    return found
-
-
-def counts_along(ed: Editor, value: ir.Value, rank: int, length: object) -> int | None:
-    """The axis along which `value` counts 0, 1, ..., length - 1, when it is constant along all others."""
-    for _ in range(8):
-        shape = ed.shape(value)
-        node = value.producer()
-        if shape is None or node is None or node.domain != "":
-            return None
-        if node.op_type == "Range":
-            if ed.number(node.inputs[0]) != 0.0 or ed.number(node.inputs[2]) != 1.0 or shape[0] != length:
-                return None
-            return None  # a bare Range has lost its place among the axes
-        inner = node.inputs[0]
-        if inner is None:
-            return None
-        if node.op_type == "Expand":
-            value = inner
-            continue
-        if node.op_type in ("Unsqueeze", "Reshape"):
-            long = [i for i, d in enumerate(shape) if d != 1]
-            if len(long) != 1 or shape[long[0]] != length:
-                return None
-            source = inner
-            while (step := ed.made_by(source, "Unsqueeze", "Reshape")) is not None and step.inputs[
-                0
-            ] is not None:
-                source = step.inputs[0]
-            start = ed.made_by(source, "Range")
-            if start is None or ed.number(start.inputs[0]) != 0.0 or ed.number(start.inputs[2]) != 1.0:
-                return None
-            return rank - len(shape) + long[0]
-        return None
-    return None

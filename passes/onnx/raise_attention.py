@@ -19,9 +19,6 @@ import onnx_ir as ir
 from ..ir.onnx_shapes import broadcast
 from .surgery import Declined, Editor
 
-NAN_GUARD = "elision.nan_guard"
-"""Metadata on an Attention whose fully masked rows were zero in the source (softmax then Where(isnan, 0))."""
-
 
 @dataclass
 class Scores:
@@ -55,7 +52,7 @@ def raise_one(ed: Editor, softmax: ir.Node) -> None:
         raise Declined(f"its rank is {'unknown' if shape is None else len(shape)}, not 3 or 4")
     if softmax.attributes.get_int("axis", -1) % len(shape) != len(shape) - 1:
         raise Declined("it is not over the last axis")
-    guard, weights = weights_of(ed, probabilities)
+    weights = weights_of(ed, probabilities)
     product = ed.user(weights, "MatMul", "Reshape")
     unfolded = False
     if product is not None and product.op_type == "Reshape":
@@ -71,24 +68,24 @@ def raise_one(ed: Editor, softmax: ir.Node) -> None:
     q, k, factor = operands_of(ed, scores.product)
     scale = scores.scale * factor
     assert value is not None
-    emit_attention(ed, softmax, product, scores, q, k, value, scale, guard)
+    emit_attention(ed, softmax, product, scores, q, k, value, scale)
 
 
-def weights_of(ed: Editor, probabilities: ir.Value) -> tuple[bool, ir.Value]:
-    """(whether NaN rows are set to zero, the value the product reads) after the softmax."""
+def weights_of(ed: Editor, probabilities: ir.Value) -> ir.Value:
+    """The value that the product reads, after the softmax and what sets rows without any key to zero.
+
+    The operator itself gives zero for such rows in onnxruntime.
+    """
+    if probabilities.is_graph_output():
+        raise Declined("its probabilities are an output of the graph")
     users = [use.node for use in probabilities.uses()]
-    kinds = sorted(node.op_type for node in users)
-    if kinds == ["IsNaN", "Where"] and not probabilities.is_graph_output():
+    if sorted(node.op_type for node in users) == ["IsNaN", "Where"]:
         where = next(node for node in users if node.op_type == "Where")
         isnan = ed.made_by(where.inputs[0], "IsNaN")
         if isnan is not None and where.inputs[2] is probabilities and ed.number(where.inputs[1]) == 0.0:
-            return True, where.outputs[0]
-    if probabilities.is_graph_output():
-        raise Declined("its probabilities are an output of the graph")
+            return where.outputs[0]
     cast = ed.user(probabilities, "Cast")
-    if cast is not None:
-        return False, cast.outputs[0]
-    return False, probabilities
+    return probabilities if cast is None else cast.outputs[0]
 
 
 def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
@@ -304,7 +301,6 @@ def emit_attention(
     k: ir.Value,
     v: ir.Value,
     scale: float,
-    guard: bool,
 ) -> None:
     """Put the operator in front of the product with the values, and use its result."""
     out = product.outputs[0]
@@ -333,8 +329,6 @@ def emit_attention(
     new = ed.emit("Attention", inputs, {"scale": float(scale)}, before=product, name=product.name)
     node = new.producer()
     assert node is not None
-    if guard:
-        node.metadata_props[NAN_GUARD] = "1"
     if folded:
         target = ed.shape(out)
         if target is None:

@@ -70,9 +70,8 @@ def root_of(ed: Editor, mean: ir.Value) -> tuple[float, ir.Node, bool] | None:
     after = ed.user(node.outputs[0], "Reciprocal", "Div", "Mul")
     if after is not None and after.op_type == "Reciprocal":
         return epsilon, after, True
-    if after is not None and after.op_type == "Div" and after.inputs[1] is node.outputs[0]:
-        if ed.number(after.inputs[0]) == 1.0:
-            return epsilon, after, True
+    if after is not None and after.op_type == "Div" and ed.number(after.inputs[0]) == 1.0:
+        return epsilon, after, True
     return epsilon, node, False
 
 
@@ -112,7 +111,7 @@ def raise_norm(ed: Editor, variance: ir.Node) -> str | None:
     lengths = [int(d) for d in shape[axis:]]
     out, weight = absorb(ed, last.outputs[0], "Mul", lengths, x)
     bias: ir.Value | None = None
-    if kind == "LayerNormalization" and (weight is not None or True):
+    if kind == "LayerNormalization":
         out, bias = absorb(ed, out, "Add", lengths, x)
     anchor = out.producer()
     assert anchor is not None
@@ -191,7 +190,7 @@ SCALAR: dict[str, Callable[..., np.ndarray]] = {
     "Neg": np.negative,
     "Identity": lambda x: x,
     "Cast": lambda x: x,
-    "Sum": lambda *xs: sum(xs),
+    "Sum": lambda *xs: np.sum(np.broadcast_arrays(*xs), axis=0),
 }
 
 
