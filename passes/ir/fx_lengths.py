@@ -141,6 +141,8 @@ def state_length(node: fx.Node, axis: int, length: Any, emit: Callable[..., Any]
     elif name in ("aten::narrow", "aten::narrow_copy"):
         if axis == call.axis(call["dim"], call.rank("self")):
             set_argument(node, "length", length)
+    elif name in ("aten::split", "aten::unsafe_split", "aten::split_with_sizes"):
+        _set_parts(node, call, axis, length)
     elif name in ("aten::repeat", "aten::tile"):
         counts = "repeats" if call.has("repeats") else "dims"
         sizes = list(call[counts])
@@ -160,6 +162,20 @@ def _set_arange(node: fx.Node, call: fx_call.Call, length: Any, emit: Callable[.
     start = call["start"] if call.has("start") else 0
     end = length if step == 1 else emit(operator.mul, length, step)
     set_argument(node, "end", end if start == 0 else emit(operator.add, end, start))
+
+
+def _set_parts(node: fx.Node, call: fx_call.Call, axis: int, length: Any) -> None:
+    """Parts of one length get the new length; parts of several lengths say nothing about theirs."""
+    if axis != call.axis(call["dim"], call.rank("self")):
+        return
+    name = "split_sizes" if call.has("split_sizes") else "split_size"
+    sizes = call[name]
+    if not isinstance(sizes, list | tuple):
+        set_argument(node, name, length)
+        return
+    if len({str(fx_call.as_plain(s)) for s in sizes}) != 1:
+        raise ElisionError(f"{node.name}: the parts have different lengths, they cannot be set")
+    set_argument(node, name, [length] * len(sizes))
 
 
 def _set_slice(node: fx.Node, call: fx_call.Call, axis: int, length: Any, emit: Callable[..., Any]) -> None:

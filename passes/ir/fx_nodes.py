@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from ..errors import VerificationError
 from . import fx_call, fx_ops
 from .graph import Dim, Shape, Value
 
@@ -171,3 +175,25 @@ def evaluate(node: fx.Node, mode: FakeTensorMode) -> Any:
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
     with mode, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def unpinned(env: ShapeEnv | None) -> Iterator[None]:
+    """Raise VerificationError when what runs inside fixes a dynamic length or ties two together, and put the
+    knowledge about lengths back as it was: it is shared by all copies of a graph."""
+    if env is None:
+        yield
+        return
+    replacements, ranges, guards = dict(env.replacements), dict(env.var_to_range), len(env.guards)
+    yield
+    fresh = [s for s in env.replacements if s not in replacements and symbol_is_type(s, SymT.SIZE)]
+    if not fresh:
+        return
+    symbol, value = fresh[0], env.replacements[fresh[0]]
+    env.replacements.clear()
+    env.replacements.update(replacements)
+    env.var_to_range.clear()
+    env.var_to_range.update(ranges)
+    del env.guards[guards:]
+    env._update_version_counter()
+    raise VerificationError(f"the dynamic length {symbol} would be fixed to {value}")

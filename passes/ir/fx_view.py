@@ -6,7 +6,6 @@ import operator
 from typing import Any
 
 import numpy as np
-import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -187,14 +186,12 @@ class FxView(Graph):
     def verify(self) -> None:
         """Lint the graph, recompute every fake value and compare; raise VerificationError.
 
-        Also raised when recomputing pinned a dynamic axis to one length."""
+        Also raised when recomputing would pin a dynamic axis to one length."""
         graph = self.module.graph
         try:
             graph.lint()
         except RuntimeError as error:
             raise VerificationError(f"broken graph: {error}") from error
-        shape_env = self._mode.shape_env
-        pinned = dict(shape_env.replacements) if shape_env is not None else {}
         for node in graph.nodes:
             if node.op != "call_function" or node not in self._ops:
                 continue
@@ -207,20 +204,13 @@ class FxView(Graph):
             problem = fx_nodes.difference(node.meta.get("val"), found)
             if problem:
                 raise VerificationError(f"{self._ops[node]!r}: {problem}")
-        self._check_pinned(pinned)
-
-    def _check_pinned(self, before: dict[Any, Any]) -> None:
-        shape_env = self._mode.shape_env
-        if shape_env is None:
-            return
-        for symbol, replacement in shape_env.replacements.items():
-            if symbol not in before and sympy.sympify(replacement).is_number:
-                raise VerificationError(f"the dynamic length {symbol} would be fixed to {replacement}")
 
     def _evaluate(self, node: fx.Node) -> Any:
+        """The call's result on fake values; raises VerificationError if it would pin a dynamic length."""
         region = self._regions.get(node)
-        if region is None:
-            return fx_nodes.evaluate(node, self._mode)
-        device, dtype, enabled, cache = region
-        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
-            return fx_nodes.evaluate(node, self._mode)
+        with fx_nodes.unpinned(self._mode.shape_env):
+            if region is None:
+                return fx_nodes.evaluate(node, self._mode)
+            device, dtype, enabled, cache = region
+            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
+                return fx_nodes.evaluate(node, self._mode)
