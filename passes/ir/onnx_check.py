@@ -115,7 +115,7 @@ def light_proto(model: ir.Model) -> onnx.ModelProto:
     clone = model.clone()
     for name, value in list(clone.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is not None and tensor.size > BIG:
+        if tensor is not None and (tensor.size > BIG or isinstance(tensor, ir.ExternalTensor)):
             value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
             value.const_value = None
             del clone.graph.initializers[name]
