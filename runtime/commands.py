@@ -16,6 +16,7 @@ from ..passes.errors import ElisionError, PipelineError
 from ..passes.options import describe, format_value, nearest
 from .api import Result, open_onnx, optimize
 from .bench import Comparison, feeds_or_error
+from .costs import cost_ends
 from .doctor import Finding
 
 MAP_OUTPUT = "elision_token_map"
@@ -84,7 +85,7 @@ def show_report(console: Console, result: Result, written: Path | None) -> None:
 
 def cost_lines(report: Any) -> list[str]:
     """Estimated operations, bytes and tokens per block, before and after."""
-    before, after = report.cost_before, report.cost_after
+    before, after = cost_ends(report)
     lines = [
         f"{name}: {_big(a)}{unit} -> {_big(b)}{unit}{_less(a, b)}"
         for name, unit, a, b in (

@@ -13,6 +13,7 @@ from ..passes.manager import versions
 from . import pictures
 from .api import Result
 from .bench import Comparison
+from .costs import cost_ends
 from .inputs import feeds_for
 from .runners import run_model
 
@@ -46,7 +47,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["big"] = _big
-    before, after = report.cost_before, report.cost_after
+    before, after = cost_ends(report)
     return environment.get_template("report.html.j2").render(
         title=title or f"Elision: {result.source}",
         source=result.source,
