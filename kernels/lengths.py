@@ -19,7 +19,8 @@ Shape = tuple[Dim, ...]
 def least(a: Dim, b: Dim) -> Dim:
     """The smaller one, without deciding which where a length is symbolic."""
     if isinstance(a, sympy.Basic) or isinstance(b, sympy.Basic):
-        return plain(Min(sympy.sympify(a), sympy.sympify(b)))
+        operands: list[Any] = [sympy.sympify(a), sympy.sympify(b)]
+        return plain(Min(*operands))
     for one, other in ((a, b), (b, a)):
         if statically_known_true(one <= other):
             return one

@@ -17,6 +17,7 @@ from .match_tokens import (
     body_removable,
     body_sorted,
     check_order,
+    identity,
     map_shapes,
     matching_work,
     normalised,
@@ -46,6 +47,8 @@ def match_padded_tokens(
     batch, count, _ = metric.shape
     device = metric.device
     gone = removable(count, r, ratio, prefix + suffix)
+    if gone == 0:
+        return identity(batch, count, device)
     positions = torch.arange(count, device=device).expand(batch, count)
     real = (size > 0).expand(batch, count)
     n = real.sum(1, keepdim=True)
@@ -63,15 +66,15 @@ def match_padded_tokens(
     merges = turn < own
     # Where a sample has fewer pairs than N' asks for, its last padding goes instead.
     source = torch.where(merges, 2 * chosen, count - gone + turn)
-    within = positions
+    within, moves = positions, free & (own > 0)
     if order == "published" and prefix == 0:
         similar = torch.zeros_like(ranking).scatter(1, ranking, positions[:, : ranking.shape[1]])
         within = torch.stack([similar, similar], dim=2).flatten(1)[:, :count]
-        within = torch.where(free & (positions % 2 == 0), within, positions)
+        within = torch.where(moves & (positions % 2 == 0), within, positions)
     group = torch.where(positions < n, 0, 4)
     if order == "published":
         side = torch.where(free, 1 + positions % 2, torch.where(positions < prefix, 0, 3))
-        group = torch.where(positions < n, side, 4)
+        group = torch.where(positions < n, torch.where(own > 0, side, 0), 4)
     group = group.scatter(1, source, 5)
     keep = torch.argsort(group * count + within, dim=1)[:, : count - gone]
     slot = torch.zeros_like(positions).scatter(1, keep, positions[:, : count - gone])
@@ -131,17 +134,18 @@ def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     merges = b("Less", turn, own)
     source = b("Where", merges, b("Mul", chosen, two), b("Add", turn, left))
     parity = b("Mod", positions, two)
-    within = positions
+    moved = b("Greater", own, zero)
+    within, moves = positions, b("And", free, moved)
     if published and prefix == 0:
         order = b.slice(positions, 1, 0, b.length(ranking, 1))
         similar = b("ScatterElements", ranking, ranking, order, axis=1)
         pairs = b("Concat", b.unsqueeze(similar, 2), b.unsqueeze(similar, 2), axis=2)
         pairs = b.slice(b("Reshape", pairs, b.constant([0, -1])), 1, 0, count)
-        within = b("Where", b("And", free, b("Equal", parity, zero)), pairs, positions)
+        within = b("Where", b("And", moves, b("Equal", parity, zero)), pairs, positions)
     side = zero
     if published:
         ends = b("Where", b("Less", positions, b.constant(prefix)), zero, b.constant(3))
-        side = b("Where", free, b("Add", parity, one), ends)
+        side = b("Where", moved, b("Where", free, b("Add", parity, one), ends), zero)
     group = b("Where", b("Less", positions, n), side, b.constant(4))
     removed = b("Expand", b.constant([5]), b("Shape", source))
     group = b("ScatterElements", group, source, removed, axis=1)
@@ -154,6 +158,11 @@ def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
 
     slot = b("ScatterElements", positions, place, slot, axis=1)
     keep, source = b("GatherElements", place, keep, axis=1), b("GatherElements", place, source, axis=1)
+    nothing = b("Equal", gone, zero)
+    slot, keep = (
+        b("Where", nothing, positions, slot),
+        b("Where", nothing, b.slice(positions, 1, 0, left), keep),
+    )
     return [b.cast(x, INT32) for x in (slot, keep, source)]
 
 

@@ -37,14 +37,13 @@ def match_tokens(
     the r best pairs merge into the B token (r, or floor(ratio * N); at most half of the unprotected tokens).
     The first `prefix` and the last `suffix` tokens take no part. Slots, order "published": prefix, the A tokens
     that stay (by position with a prefix, else by falling similarity), B, suffix; "original": by position.
-    The r removed positions in `source` are in falling similarity."""
+    Where nothing is removed, nothing moves. The removed positions in `source` are in falling similarity."""
     check_order("match_tokens", order)
     batch, count, _ = metric.shape
     gone = removable(count, r, ratio, prefix + suffix)
     device = metric.device
-    if isinstance(gone, int) and gone == 0:
-        same = torch.arange(count, dtype=torch.int32, device=device).expand(batch, count)
-        return same.clone(), same.clone(), same[:, :0].clone()
+    if gone == 0:
+        return identity(batch, count, device)
     unit = normalised(metric)
     (first_a, first_b), end = sides(prefix), count - suffix
     a, b = unit[:, first_a:end:2], unit[:, first_b:end:2]
@@ -64,6 +63,12 @@ def match_tokens(
     slot = torch.zeros_like(positions).scatter(1, keep, positions[:, : count - gone])
     slot = slot.scatter(1, source, torch.gather(slot, 1, target))
     return slot.int(), keep.int(), source.int()
+
+
+def identity(batch: Dim, count: Dim, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The map that removes nothing and moves nothing."""
+    same = torch.arange(count, dtype=torch.int32, device=device).expand(batch, count)
+    return same.clone(), same.clone(), same[:, :0].clone()
 
 
 def normalised(metric: Tensor) -> Tensor:
@@ -157,6 +162,7 @@ def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     source = b("Add", b("Mul", removed, two), b.constant(first_a))
     target = b("Add", b("Mul", b("GatherElements", partner, removed, axis=1), two), b.constant(first_b))
     places = b.slice(positions, 1, 0, b("Sub", count, gone))
+    keep = b("Where", b("Equal", gone, b.constant(0)), places, keep)
     slot = b("ScatterElements", positions, keep, places, axis=1)
     slot = b("ScatterElements", slot, source, b("GatherElements", slot, target, axis=1), axis=1)
     return [b.cast(x, INT32) for x in (slot, keep, source)]

@@ -1,0 +1,279 @@
+"""Operands for every op of the dialect: tests of all ops iterate over these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from elision.kernels import OPS
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op. `batch` marks the operands' axes that may be dynamic: {operand: {axis: name}}."""
+
+    op: str
+    label: str
+    make: Callable[[], list[Tensor | None]]
+    attrs: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.label}"
+
+
+def call(op: str, operands: list[Tensor | None], attrs: dict[str, Any]) -> list[Tensor]:
+    """The torch op; always a list."""
+    out = getattr(torch.ops.elision, op)(*operands, **attrs)
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+def token_map(batch: int, count: int, r: int, prefix: int = 0, suffix: int = 0) -> list[Tensor]:
+    """A map of random tokens: slot, keep, source."""
+    metric = torch.randn(batch, count, 6)
+    return call("match_tokens", [metric], {"r": r, "prefix": prefix, "suffix": suffix})
+
+
+def padded_size(batch: int, count: int) -> Tensor:
+    """Sizes with padding at the end of every sample but the first."""
+    size = torch.ones(batch, count)
+    for sample in range(1, batch):
+        size[sample, count - 2 * sample :] = 0
+    return size
+
+
+def _padded_map(batch: int, count: int, r: int) -> list[Tensor | None]:
+    metric, size = torch.randn(batch, count, 6), padded_size(batch, count)
+    return [size, *call("match_padded_tokens", [metric, size], {"r": r})]
+
+
+def _qkv(heads: int = 4, kv_heads: int = 4, n: int = 5, m: int = 9, batch: int = 2) -> list[Tensor | None]:
+    return [
+        torch.randn(batch, heads, n, 8),
+        torch.randn(batch, kv_heads, m, 8),
+        torch.randn(batch, kv_heads, m, 6),
+    ]
+
+
+def _sizes(batch: int, count: int) -> Tensor:
+    return torch.randint(1, 5, (batch, count)).float()
+
+
+def _matching() -> list[Case]:
+    budgets: list[dict[str, Any]] = [
+        {"r": 0},
+        {"r": 3},
+        {"r": 4, "prefix": 1},
+        {"r": 2, "prefix": 2, "suffix": 1},
+        {"ratio": 0.3, "prefix": 1},
+        {"r": 100, "order": "original"},
+        {"ratio": 0.5, "suffix": 2, "order": "original", "prefix": 3},
+    ]
+    cases = []
+    for attrs in budgets:
+        label = ",".join(f"{k}={v}" for k, v in attrs.items())
+        for batch, count in ((1, 16), (3, 17)):
+            cases.append(
+                Case(
+                    "match_tokens",
+                    f"{label}-{batch}x{count}",
+                    lambda b=batch, n=count: [torch.randn(b, n, 8)],
+                    attrs,
+                )
+            )
+            cases.append(
+                Case(
+                    "match_padded_tokens",
+                    f"{label}-{batch}x{count}",
+                    lambda b=batch, n=count: [torch.randn(b, n, 8), padded_size(b, n)],
+                    attrs,
+                )
+            )
+    padded_shared = {"r": 4, "prefix": 1}
+    cases.append(
+        Case(
+            "match_padded_tokens",
+            "shared size",
+            lambda: [torch.randn(2, 12, 8), padded_size(2, 12)[1:]],
+            padded_shared,
+        )
+    )
+    for attrs in (
+        {"height": 6, "width": 5, "ratio": 0.5},
+        {"height": 7, "width": 7, "r": 9, "sy": 3, "sx": 2, "seed": 3},
+        {"height": 4, "width": 4, "r": 0},
+    ):
+        count = attrs["height"] * attrs["width"]
+        cases.append(
+            Case(
+                "match_grid_tokens",
+                ",".join(f"{k}={v}" for k, v in attrs.items()),
+                lambda n=count: [torch.randn(2, n, 8)],
+                attrs,
+            )
+        )
+    return cases
+
+
+def _maps() -> list[Case]:
+    def merge(
+        shape: tuple[int, ...], size: Tensor | None, r: int, batch: int, dtype: Any = torch.float32
+    ) -> Any:
+        count = 14
+        return lambda: [
+            torch.randn(*shape).to(dtype),
+            None if size is None else size,
+            *token_map(batch, count, r),
+        ]
+
+    return [
+        Case("merge_tokens", "plain", merge((2, 14, 5), None, 4, 2), {"axis": 1}),
+        Case("merge_tokens", "sized", merge((2, 14, 5), _sizes(2, 14), 4, 2), {"axis": 1}),
+        Case("merge_tokens", "shared size", merge((3, 14, 5), _sizes(1, 14), 6, 3), {"axis": 1}),
+        Case("merge_tokens", "shared map", merge((3, 14, 5), _sizes(1, 14), 6, 1), {"axis": 1}),
+        Case("merge_tokens", "r=0", merge((2, 14, 5), _sizes(2, 14), 0, 2), {"axis": 1}),
+        Case("merge_tokens", "rank 2", merge((2, 14), None, 3, 2), {"axis": 1}),
+        Case("merge_tokens", "heads", merge((2, 3, 14, 4), _sizes(2, 14), 5, 2), {"axis": 2}),
+        Case("merge_tokens", "tokens first", merge((14, 2, 4), None, 5, 2), {"axis": 0, "batch_axis": 1}),
+        Case("merge_tokens", "no batch", merge((3, 14), _sizes(1, 14), 5, 1), {"axis": 1, "batch_axis": -1}),
+        Case("merge_tokens", "one of x", merge((1, 14, 4), _sizes(2, 14), 5, 2), {"axis": 1}),
+        Case("merge_tokens", "half", merge((2, 14, 5), None, 4, 2, torch.float16), {"axis": 1}),
+        Case(
+            "merge_tokens",
+            "padded",
+            lambda: [torch.randn(3, 12, 4), *_padded_map(3, 12, 4)],
+            {"axis": 1},
+        ),
+        Case(
+            "restore_tokens",
+            "plain",
+            lambda: [torch.randn(2, 9, 4), token_map(2, 13, 4)[0]],
+            {"axis": 1},
+        ),
+        Case(
+            "restore_tokens",
+            "dropped",
+            lambda: [torch.randn(3, 8, 4), _padded_map(3, 12, 4)[1]],
+            {"axis": 1},
+        ),
+        Case(
+            "restore_tokens",
+            "heads",
+            lambda: [torch.randn(9, 2, 4, 3), token_map(2, 13, 4)[0]],
+            {"axis": 0, "batch_axis": 1},
+        ),
+        Case(
+            "restore_tokens",
+            "no batch",
+            lambda: [torch.randn(4, 9), token_map(1, 13, 4)[0]],
+            {"axis": 1, "batch_axis": -1},
+        ),
+        Case(
+            "select_tokens",
+            "positions",
+            lambda: [torch.randn(13, 4), token_map(3, 13, 4)[1]],
+            {"axis": 1, "rank": 3},
+        ),
+        Case(
+            "select_tokens",
+            "bool mask",
+            lambda: [torch.rand(2, 1, 1, 13) > 0.3, token_map(2, 13, 4)[1]],
+            {"axis": 3, "rank": 4},
+        ),
+        Case(
+            "select_tokens",
+            "ids",
+            lambda: [torch.arange(26).reshape(2, 13), token_map(2, 13, 4)[1]],
+            {"axis": 1, "rank": 2},
+        ),
+        Case(
+            "select_tokens",
+            "shared bias",
+            lambda: [torch.randn(4, 13, 13), token_map(2, 13, 4)[1]],
+            {"axis": 3, "rank": 4},
+        ),
+        Case(
+            "select_tokens",
+            "no batch",
+            lambda: [torch.randn(4, 13, 3), token_map(1, 13, 4)[1]],
+            {"axis": 1, "rank": 3, "batch_axis": -1},
+        ),
+        Case("compose_slots", "plain", lambda: [token_map(2, 13, 4)[0], token_map(2, 9, 3)[0]], {}),
+        Case("compose_slots", "dropped", lambda: [_padded_map(3, 12, 4)[1], token_map(3, 8, 3)[0]], {}),
+        Case("shift_map", "both", lambda: [*token_map(2, 13, 4, 1, 2)], {"start": 1, "stop": 2}),
+        Case("shift_map", "start", lambda: [*token_map(2, 13, 4, 1)], {"start": 1}),
+        Case("range_size", "both", lambda: [_sizes(2, 9)], {"start": 1, "stop": 2}),
+        Case("range_size", "none", lambda: [_sizes(2, 9)], {}),
+        Case(
+            "slice_tokens", "first", lambda: [torch.randn(2, 9, 4)], {"axis": 1, "end": 1, "keepdim": False}
+        ),
+        Case(
+            "slice_tokens", "last", lambda: [torch.randn(2, 9, 4)], {"axis": 1, "start": -1, "keepdim": False}
+        ),
+        Case("slice_tokens", "middle", lambda: [torch.randn(2, 9, 4)], {"axis": 1, "start": 1, "end": -2}),
+        Case("pool_tokens", "mean", lambda: [torch.randn(2, 9, 4), _sizes(2, 9)], {"axis": 1}),
+        Case("pool_tokens", "sum", lambda: [torch.randn(2, 9, 4), _sizes(1, 9)], {"axis": 1, "mode": "sum"}),
+        Case(
+            "pool_tokens",
+            "padded",
+            lambda: [torch.randn(3, 9, 4), padded_size(3, 9)],
+            {"axis": 1, "keepdim": True},
+        ),
+        Case(
+            "pool_tokens",
+            "tokens first",
+            lambda: [torch.randn(9, 2, 4), _sizes(2, 9)],
+            {"axis": 0, "batch_axis": 1},
+        ),
+        Case(
+            "pool_tokens",
+            "no batch",
+            lambda: [torch.randn(9, 4), _sizes(1, 9)],
+            {"axis": 0, "batch_axis": -1},
+        ),
+        Case("mean_heads", "plain", lambda: [torch.randn(2, 3, 9, 4)], {}),
+        Case("mean_heads", "half", lambda: [torch.randn(2, 3, 9, 4).half()], {}),
+        Case("valid_size", "bool", lambda: [torch.rand(3, 1, 1, 9) > 0.4], {"axis": 3, "batch_axis": 0}),
+        Case(
+            "valid_size",
+            "additive",
+            lambda: [torch.where(torch.rand(3, 2, 9, 9) > 0.8, 0.0, -3e38)],
+            {"axis": 3, "batch_axis": 0},
+        ),
+        Case("valid_size", "ints", lambda: [torch.randint(0, 2, (3, 9))], {"axis": 1, "batch_axis": 0}),
+        Case("valid_size", "no batch", lambda: [torch.rand(3, 9) > 0.6], {"axis": 1, "batch_axis": -1}),
+    ]
+
+
+def _attention() -> list[Case]:
+    additive = torch.where(torch.rand(2, 1, 5, 9) > 0.3, 0.0, -3e38)
+    boolean = torch.rand(2, 1, 1, 9) > 0.3
+    boolean[..., 0] = True
+    empty = _sizes(2, 9)
+    empty[1, 5:] = 0
+    return [
+        Case("attention", "plain", lambda: [*_qkv()], {}),
+        Case("attention", "scale", lambda: [*_qkv()], {"scale": 0.3}),
+        Case("attention", "sized", lambda: [*_qkv(), None, _sizes(2, 9)], {}),
+        Case("attention", "shared size", lambda: [*_qkv(), None, _sizes(1, 9)], {}),
+        Case("attention", "padding", lambda: [*_qkv(), None, empty], {}),
+        Case("attention", "bool mask", lambda: [*_qkv(), boolean], {}),
+        Case("attention", "bool mask and size", lambda: [*_qkv(), boolean, empty], {}),
+        Case("attention", "bias", lambda: [*_qkv(), additive], {}),
+        Case("attention", "bias and size", lambda: [*_qkv(), additive, empty], {}),
+        Case("attention", "grouped", lambda: [*_qkv(4, 2), None, _sizes(2, 9)], {}),
+        Case("attention", "causal", lambda: [*_qkv(n=9)], {"causal": True}),
+        Case("attention", "causal and size", lambda: [*_qkv(n=9), None, _sizes(2, 9)], {"causal": True}),
+        Case(
+            "attention",
+            "rank 3",
+            lambda: [torch.randn(2, 5, 8), torch.randn(2, 9, 8), torch.randn(2, 9, 8), None, _sizes(2, 9)],
+            {},
+        ),
+    ]
+
+
+CASES = [*_matching(), *_maps(), *_attention()]
+assert {case.op for case in CASES} == set(OPS)
