@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .passes import testing
+    from . import testing
     from .passes.base import NoOptions, Outcome, Pass, PassContext, known_passes, register
     from .passes.errors import (
         ElisionError,
@@ -47,7 +47,7 @@ _HOMES: dict[str, tuple[str, str]] = {
     "parse": (".passes.pipeline", "parse"),
     "format": (".passes.pipeline", "format"),
     "Graph": (".passes.ir.graph", "Graph"),
-    "testing": (".passes.testing", ""),
+    "testing": (".testing", ""),
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from .runners import Runner, fx_runner, onnx_runner
 
 NOISY = ("torch.onnx", "torch.export", "torch._subclasses.fake_tensor", "onnxscript", "onnx_ir")
 """Loggers that tell at length what we tell in one line."""
+
+MAP_OUTPUT = "elision_token_map"
+"""The extra output that `token_map=True` adds: the slot [B, N] int32 of every input token."""
 
 Notify = Callable[[str], None]
 """Told the name of each step before it starts, for progress displays."""
@@ -56,6 +59,18 @@ class Result:
         from ..passes.onnx import io
 
         return io.to_proto(self.graph.model)  # type: ignore[attr-defined]
+
+    def without_token_map(self) -> Result:
+        """The same ONNX result without the extra output of `token_map=True`: one run serves a report and a
+        file."""
+        if self.graph.host != "onnx":
+            raise ElisionError("only an ONNX result can drop its token map; optimise again without it")
+        graph: Any = self.graph.copy()
+        kept = [value for value in graph.model.graph.outputs if value.name != MAP_OUTPUT]
+        graph.model.graph.outputs[:] = kept
+        graph.outputs = [value for value in graph.outputs if value.name != MAP_OUTPUT]
+        graph.remove_dead()
+        return replace(self, graph=graph)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result, whole or not at all: an .onnx file, or a .pt2 file of torch.export.

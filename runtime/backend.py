@@ -141,7 +141,7 @@ def run_passes(
     for single in report.passes:
         if single.declined:
             warnings.warn(f"{single.name} left the graph as it was: {single.declined}", stacklevel=2)
-    return _as_dynamo_graph(report.graph.to_module(), gm)
+    return _as_dynamo_graph(report.graph.to_module(), gm)  # type: ignore[attr-defined]
 
 
 def _nothing_matched(error: NothingMatched, pipeline: list[Pass], fragment: Fragment) -> None:

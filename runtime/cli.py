@@ -126,9 +126,7 @@ def optimize(
         if output is not None and not dry_run:
             tell("writing the file")
             if report is not None and not token_map:
-                from .commands import without_map
-
-                without_map(result)
+                result = result.without_token_map()
             result.save(output)
     if json:
         print_json(result_json(result, None if dry_run else output))

@@ -19,7 +19,6 @@ from .bench import Comparison, feeds_or_error
 from .costs import cost_ends
 from .doctor import Finding
 
-MAP_OUTPUT = "elision_token_map"
 STATES = {"ok": "green", "absent": "yellow", "broken": "red"}
 
 
@@ -35,17 +34,6 @@ def normalised(graph: Any, tell: Callable[[str], None]) -> Any:
 
 
 # ---- optimize ------------------------------------------------------------------------------------------
-def without_map(result: Result) -> None:
-    """Take the token map, wanted only for the report, off the outputs again."""
-    graph: Any = result.graph
-    model = graph.model
-    kept = [value for value in model.graph.outputs if value.name != MAP_OUTPUT]
-    if len(kept) != len(model.graph.outputs):
-        model.graph.outputs[:] = kept
-        graph.outputs = [value for value in graph.outputs if value.name != MAP_OUTPUT]
-        graph.remove_dead()
-
-
 def result_json(result: Result, written: Path | None) -> dict[str, Any]:
     return {"source": result.source, "written": None if written is None else str(written)} | (
         result.report.to_json()

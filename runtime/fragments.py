@@ -73,7 +73,8 @@ def _surroundings() -> tuple[CodeType | None, CodeType | None, Any]:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        code = _original(InstructionTranslator.current_tx().output.root_tx.f_code)
+        running: Any = InstructionTranslator.current_tx()
+        code = _original(running.output.root_tx.f_code)
     except (AttributeError, LookupError):
         return None, None, None  # called by hand, outside Dynamo
     root = code

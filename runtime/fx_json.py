@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
 
 from ..passes.errors import ElisionError
 
@@ -146,7 +147,7 @@ def decode(data: dict[str, Any]) -> fx.GraphModule:
                 args = tuple(_decode(item, nodes) for item in entry["args"])
                 kwargs = {str(key): _decode(item, nodes) for key, item in entry["kwargs"].items()}
                 node = graph.call_function(function, args, kwargs)
-                fakes = fx.node.map_arg((args, kwargs), lambda n: values[n.name])
+                fakes = map_arg((args, kwargs), lambda n: values[n.name])
                 value = function(*fakes[0], **fakes[1])
             elif op == "output":
                 graph.output(_decode(entry["args"][0], nodes))

@@ -11,13 +11,12 @@ import numpy as np
 from ..passes.errors import ElisionError
 from ..passes.manager import versions
 from . import pictures
-from .api import Result
+from .api import MAP_OUTPUT, Result
 from .bench import Comparison
 from .costs import cost_ends
 from .inputs import feeds_for
 from .runners import run_model
 
-MAP_OUTPUT = "elision_token_map"
 IMAGES = 8
 """Images of a batch that a report shows."""
 

@@ -43,13 +43,15 @@ class Shell(TyperGroup):
         except MemoryError:
             code = _say("not enough memory", BAD_INPUT)
         except Exception as error:
-            code = _say(error.format_message(), BAD_INPUT) if _is_usage(error) else _bug(error)
+            usage = _usage(error)
+            code = _bug(error) if usage is None else _say(usage, BAD_INPUT)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _is_usage(error: Any) -> bool:
-    """Typer's own complaints about arguments, whichever copy of click raised them."""
-    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+def _usage(error: Any) -> str | None:
+    """What Typer has to say about the arguments, whichever copy of click raised it; None for other errors."""
+    known = hasattr(error, "format_message") and hasattr(error, "exit_code")
+    return error.format_message() if known else None
 
 
 def _say(text: str, code: int) -> int:

@@ -135,3 +135,16 @@ def test_chart():
     svg = pictures.tokens_chart([197.0] * 3, [197.0, 181.0, 165.0])
     assert svg.count("<rect") == 6 and "165 tokens" in svg
     assert pictures.tokens_chart([], []) == ""
+
+
+def test_one_run_serves_the_report_and_the_file(tmp_path):
+    x = torch.rand(2, 3, 32, 32)
+    model = toys.ImageModel().eval()
+    result = elision.export_onnx(model, (x,), tmp_path / "m.onnx", "toy-map", token_map=True)
+    plain = result.without_token_map()
+    assert [output.name for output in result.model.graph.output][-1] == "elision_token_map"
+    assert len(plain.model.graph.output) == 1
+    (found,) = elision.session(plain.model.SerializeToString()).run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, model(x).detach().numpy(), atol=1e-5)
+    with pytest.raises(elision.ElisionError):
+        elision.optimize(model, "toy-map", (x,), token_map=True).without_token_map()
