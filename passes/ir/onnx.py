@@ -17,7 +17,7 @@ from ..errors import Refused
 from . import onnx_check, onnx_dialect, onnx_lengths, onnx_text
 from .graph import Graph, Op, Value
 from .onnx_kinds import classify
-from .onnx_shapes import ShapeEnv, constant_tensor, numpy_dtype
+from .onnx_shapes import ShapeEnv, constant_tensor, numpy_dtype, tensor_shape
 
 
 class OnnxGraph(Graph):
@@ -190,7 +190,10 @@ class OnnxGraph(Graph):
         unique = self.unique_name(name)
         tensor = ir.tensor(np.asarray(array, order="C"), name=unique)
         raw = ir.Value(
-            name=unique, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=unique,
+            shape=ir.Shape(tensor_shape(tensor)),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.model.graph.register_initializer(raw)
         return self._value(raw)

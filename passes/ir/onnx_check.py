@@ -10,7 +10,7 @@ import sympy
 
 from ..errors import VerificationError
 from .graph import Shape, product
-from .onnx_shapes import ShapeEnv
+from .onnx_shapes import ShapeEnv, tensor_shape
 
 if TYPE_CHECKING:
     from .onnx import OnnxGraph
@@ -116,7 +116,7 @@ def light_proto(model: ir.Model) -> onnx.ModelProto:
     for name, value in list(clone.graph.initializers.items()):
         tensor = value.const_value
         if tensor is not None and (tensor.size > BIG or isinstance(tensor, ir.ExternalTensor)):
-            value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+            value.shape, value.dtype = ir.Shape(tensor_shape(tensor)), tensor.dtype
             value.const_value = None
             del clone.graph.initializers[name]
             if value not in clone.graph.inputs:

@@ -54,6 +54,8 @@ def make_node(model: ir.Model, op: str, inputs: Sequence[ir.Value | None], attrs
         signature.append((len(value.shape), int(value.dtype)))
     proto = found.onnx_function(signature, attrs, opset)
     add_function(model, proto)
+    complete = getattr(found, "complete", None)
+    attrs = attrs if complete is None else complete(attrs)
     declared = {*proto.attribute, *(a.name for a in proto.attribute_proto)}
     node = ir.node(
         proto.name,

@@ -14,7 +14,8 @@ from typing import Any
 import onnx_ir as ir
 
 from .onnx_dialect import op_and_attributes
-from .onnx_shape_rules import axes_operand, axis_of
+from .onnx_names import PLAIN_NAMES, UNARY_AND_BROADCAST
+from .onnx_rule_table import axes_operand, axis_of
 from .onnx_shapes import MALFORMED, ShapeEnv, constant_tensor, numpy_dtype
 
 INT_MAX = 2**31 - 1
@@ -68,88 +69,6 @@ def classify(env: ShapeEnv, node: ir.Node) -> Facts:
 
 
 # ---- elementwise -------------------------------------------------------------------------------------
-PLAIN_NAMES = {
-    "GreaterOrEqual": "ge", "Greater": "gt", "LessOrEqual": "le", "Less": "lt", "Equal": "eq", "Not": "logical_not",
-    "And": "logical_and", "Or": "logical_or", "Xor": "logical_xor", "Reciprocal": "reciprocal", "IsNaN": "isnan",
-    "IsInf": "isinf", "BitwiseAnd": "bitwise_and", "BitwiseNot": "bitwise_not", "BitwiseOr": "bitwise_or",
-    "BitwiseXor": "bitwise_xor", "BitShift": "bit_shift", "LeakyRelu": "leaky_relu", "HardSigmoid": "hardsigmoid",
-    "HardSwish": "hardswish", "ThresholdedRelu": "threshold", "Swish": "silu", "Max": "maximum", "Min": "minimum",
-    "Clip": "clamp", "PRelu": "prelu", "CastLike": "cast", "QuantizeLinear": "quantize",
-    "DequantizeLinear": "dequantize", "FastGelu": "gelu", "BiasGelu": "gelu", "QuickGelu": "quick_gelu",
-}  # fmt: skip
-UNARY_AND_BROADCAST = [
-    "Abs",
-    "Acos",
-    "Acosh",
-    "Add",
-    "And",
-    "Asin",
-    "Asinh",
-    "Atan",
-    "Atanh",
-    "BitShift",
-    "BitwiseAnd",
-    "BitwiseNot",
-    "BitwiseOr",
-    "BitwiseXor",
-    "Cast",
-    "Ceil",
-    "Celu",
-    "Clip",
-    "Cos",
-    "Cosh",
-    "Div",
-    "Elu",
-    "Equal",
-    "Erf",
-    "Exp",
-    "Floor",
-    "Gelu",
-    "Greater",
-    "GreaterOrEqual",
-    "HardSigmoid",
-    "HardSwish",
-    "IsInf",
-    "IsNaN",
-    "LeakyRelu",
-    "Less",
-    "LessOrEqual",
-    "Log",
-    "Max",
-    "Mean",
-    "Min",
-    "Mish",
-    "Mod",
-    "Mul",
-    "Neg",
-    "Not",
-    "Or",
-    "PRelu",
-    "Pow",
-    "Reciprocal",
-    "Relu",
-    "Round",
-    "Selu",
-    "Shrink",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Sinh",
-    "Softplus",
-    "Softsign",
-    "Sqrt",
-    "Sub",
-    "Sum",
-    "Swish",
-    "Tan",
-    "Tanh",
-    "ThresholdedRelu",
-    "Where",
-    "Xor",
-    "CastLike",
-]
-
-
 def plain(op_type: str) -> str:
     return PLAIN_NAMES.get(op_type, op_type.lower())
 

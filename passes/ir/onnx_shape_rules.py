@@ -6,30 +6,28 @@ asked of onnx's own single-node inference; what that does not know keeps the sha
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import sympy
 
-from . import onnx_dialect
+from . import (
+    onnx_dialect,
+    onnx_window_rules,  # noqa: F401  (adds its rows to the table)
+)
 from .graph import Dim, Shape, product
-from .onnx_shapes import ShapeEnv, broadcast, broadcast_dim, dim, floor_div, infer_with_onnx, quotient
-
-Shapes = list[Shape | None]
-Rule = Callable[[ShapeEnv, ir.Node], Shapes]
-RULES: dict[tuple[str, str], Rule] = {}
-
-
-def rule(*names: str, domain: str = "") -> Callable[[Rule], Rule]:
-    def add(function: Rule) -> Rule:
-        for name in names:
-            RULES[domain, name] = function
-        return function
-
-    return add
+from .onnx_names import UNARY_AND_BROADCAST
+from .onnx_rule_table import RULES, Shapes, axes_operand, axis_of, rule
+from .onnx_shapes import (
+    ShapeEnv,
+    broadcast,
+    broadcast_dim,
+    dim,
+    floor_div,
+    infer_with_onnx,
+    quotient,
+    tensor_shape,
+)
 
 
 def shapes_of(env: ShapeEnv, node: ir.Node) -> Shapes | None:
@@ -42,167 +40,8 @@ def shapes_of(env: ShapeEnv, node: ir.Node) -> Shapes | None:
     return infer_with_onnx(env, node)
 
 
-# ---- element types -----------------------------------------------------------------------------------
-BY_ATTRIBUTE = {"Cast": "to", "EyeLike": "dtype", "Bernoulli": "dtype", "RandomNormal": "dtype"}
-
-
-def dtypes_of(node: ir.Node) -> list[ir.DataType | None]:
-    """Element types of the outputs, from the operator's schema and its operands."""
-    nothing: list[ir.DataType | None] = [None] * len(node.outputs)
-    if node.domain == "elision":
-        return onnx_dialect.dtypes_of(node)
-    if node.domain not in ("", "ai.onnx"):
-        index = 2 if node.op_type == "EmbedLayerNormalization" else 0  # ids come first
-        value = node.inputs[index] if len(node.inputs) > index else None
-        first = value.dtype if value is not None and node.domain == "com.microsoft" else None
-        return [out.dtype or (first if i == 0 else None) for i, out in enumerate(node.outputs)]
-    if node.op_type in BY_ATTRIBUTE:
-        to = node.attributes.get_int(BY_ATTRIBUTE[node.op_type], 0)
-        if to:
-            return [ir.DataType(to)]
-    if node.op_type == "ConstantOfShape":
-        fill = node.attributes.get_tensor("value", None)
-        return [ir.DataType.FLOAT if fill is None else fill.dtype]
-    if node.op_type == "Constant":
-        tensor = ir.convenience.get_const_tensor(node.outputs[0])
-        return [None if tensor is None else tensor.dtype]
-    types = schema_types(node.op_type)
-    if types is None:
-        return nothing
-    formals, results = types
-    bound: dict[str, ir.DataType] = {}
-    for i, value in enumerate(node.inputs):
-        if value is not None and value.dtype is not None and formals:
-            bound.setdefault(formals[min(i, len(formals) - 1)], value.dtype)
-    out: list[ir.DataType | None] = []
-    for i in range(len(node.outputs)):
-        result = results[min(i, len(results) - 1)] if results else ""
-        out.append(result if isinstance(result, ir.DataType) else bound.get(result))
-    return out
-
-
-@functools.cache
-def schema_types(op_type: str) -> tuple[list[str], list[str | ir.DataType]] | None:
-    """The names of an operator's type variables per operand, and per output a variable or its only type."""
-    try:
-        schema = onnx.defs.get_schema(op_type, domain="")
-    except onnx.defs.SchemaError:
-        return None
-    allowed = {c.type_param_str: list(c.allowed_type_strs) for c in schema.type_constraints}
-    formals = [formal.type_str for formal in schema.inputs]
-    results: list[str | ir.DataType] = []
-    for formal in schema.outputs:
-        choices = (
-            [formal.type_str] if formal.type_str.startswith("tensor(") else allowed.get(formal.type_str, [])
-        )
-        if len(choices) == 1 and choices[0].startswith("tensor("):
-            name = choices[0][7:-1]
-            results.append(ir.DataType[{"float": "FLOAT", "double": "DOUBLE"}.get(name, name.upper())])
-        else:
-            results.append(formal.type_str)
-    return formals, results
-
-
-# ---- helpers -----------------------------------------------------------------------------------------
-def axis_of(node: ir.Node, rank: int, default: int = 0, name: str = "axis") -> int:
-    axis = node.attributes.get_int(name, default)
-    if not -rank <= axis < max(rank, 1):
-        raise ValueError(f"axis {axis} of a value of rank {rank}")
-    return axis % rank if rank else 0
-
-
-def axes_operand(env: ShapeEnv, node: ir.Node, index: int) -> list[int] | None:
-    """Axes given as operand (newer opsets) or as attribute (older ones); None when not given."""
-    if len(node.inputs) > index and node.inputs[index] is not None:
-        axes = env.known_ints(node.inputs[index])
-        if axes is None:
-            raise ValueError("axes known only at run time")
-        return axes
-    if "axes" in node.attributes:
-        return list(node.attributes["axes"].as_ints())
-    return None
-
-
-def conv_length(length: Dim, kernel: int, stride: int, pads: int, dilation: int, ceil: bool = False) -> Dim:
-    span = length + pads - dilation * (kernel - 1) - 1
-    if ceil:
-        return dim(floor_div(span + stride - 1, stride) + 1)
-    return dim(floor_div(span, stride) + 1)
-
-
 # ---- the table ---------------------------------------------------------------------------------------
-ELEMENTWISE = [
-    "Abs",
-    "Acos",
-    "Acosh",
-    "Add",
-    "And",
-    "Asin",
-    "Asinh",
-    "Atan",
-    "Atanh",
-    "BitShift",
-    "BitwiseAnd",
-    "BitwiseNot",
-    "BitwiseOr",
-    "BitwiseXor",
-    "Cast",
-    "Ceil",
-    "Celu",
-    "Clip",
-    "Cos",
-    "Cosh",
-    "Div",
-    "Elu",
-    "Equal",
-    "Erf",
-    "Exp",
-    "Floor",
-    "Gelu",
-    "Greater",
-    "GreaterOrEqual",
-    "HardSigmoid",
-    "HardSwish",
-    "Hardmax",
-    "Identity",
-    "IsInf",
-    "IsNaN",
-    "LeakyRelu",
-    "Less",
-    "LessOrEqual",
-    "Log",
-    "Max",
-    "Mean",
-    "Min",
-    "Mish",
-    "Mod",
-    "Mul",
-    "Neg",
-    "Not",
-    "Or",
-    "PRelu",
-    "Pow",
-    "Reciprocal",
-    "Relu",
-    "Round",
-    "Selu",
-    "Shrink",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Sinh",
-    "Softplus",
-    "Softsign",
-    "Sqrt",
-    "Sub",
-    "Sum",
-    "Swish",
-    "Tan",
-    "Tanh",
-    "ThresholdedRelu",
-    "Where",
-    "Xor",
-]
+ELEMENTWISE = [*UNARY_AND_BROADCAST, "Identity", "Hardmax"]
 
 
 @rule(*ELEMENTWISE)
@@ -266,7 +105,7 @@ def _layer_norm(env: ShapeEnv, node: ir.Node) -> Shapes:
 @rule("Constant")
 def _constant(env: ShapeEnv, node: ir.Node) -> Shapes:
     tensor = ir.convenience.get_const_tensor(node.outputs[0])
-    return [None if tensor is None else tuple(int(d) for d in tensor.shape)]
+    return [None if tensor is None else tensor_shape(tensor)]
 
 
 @rule("Shape")
@@ -325,7 +164,7 @@ def _einsum(env: ShapeEnv, node: ir.Node) -> Shapes:
 def _attention(env: ShapeEnv, node: ir.Node) -> Shapes:
     q, k, v = (env.need(x) for x in node.inputs[:3])
     if len(q) == 4:
-        return [(*q[:3], v[3])] + present(env, node, k, v)
+        return [(*q[:3], v[3]), *present(env, node, k, v)]
     heads = node.attributes.get_int("q_num_heads", 1)
     shared = node.attributes.get_int("kv_num_heads", heads)
     width = quotient(v[2], shared) * heads
@@ -648,116 +487,3 @@ def _range(env: ShapeEnv, node: ir.Node) -> Shapes:
 @rule("NonZero")
 def _nonzero(env: ShapeEnv, node: ir.Node) -> Shapes:
     return [(len(env.need(node.inputs[0])), env.fresh(node.outputs[0], 1))]
-
-
-@rule("Conv", "AveragePool", "MaxPool", "LpPool", "ConvInteger")
-def _conv(env: ShapeEnv, node: ir.Node) -> Shapes:
-    x = env.need(node.inputs[0])
-    spatial = len(x) - 2
-    attrs = node.attributes
-    conv = node.op_type.startswith("Conv")
-    if "kernel_shape" in attrs:
-        kernel: list[Any] = list(attrs["kernel_shape"].as_ints())
-    else:
-        kernel = list(env.need(node.inputs[1])[2:])
-    stride = list(attrs["strides"].as_ints()) if "strides" in attrs else [1] * spatial
-    dilation = list(attrs["dilations"].as_ints()) if "dilations" in attrs else [1] * spatial
-    pads = list(attrs["pads"].as_ints()) if "pads" in attrs else [0] * (2 * spatial)
-    mode = attrs["auto_pad"].as_string() if "auto_pad" in attrs else "NOTSET"
-    ceil = bool(attrs.get_int("ceil_mode", 0))
-    channels = env.need(node.inputs[1])[0] if conv else x[1]
-    out: list[Dim] = [x[0], channels]
-    for i in range(spatial):
-        length = x[2 + i]
-        if mode in ("SAME_UPPER", "SAME_LOWER"):
-            out.append(floor_div(length + stride[i] - 1, stride[i]))
-        else:
-            total = 0 if mode == "VALID" else pads[i] + pads[i + spatial]
-            out.append(conv_length(length, kernel[i], stride[i], total, dilation[i], ceil))
-    return [tuple(out)] * len(node.outputs)
-
-
-@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
-def _global_pool(env: ShapeEnv, node: ir.Node) -> Shapes:
-    x = env.need(node.inputs[0])
-    return [(*x[:2], *([1] * (len(x) - 2)))]
-
-
-@rule("ConvTranspose")
-def _conv_transpose(env: ShapeEnv, node: ir.Node) -> Shapes:
-    x, weight = env.need(node.inputs[0]), env.need(node.inputs[1])
-    spatial = len(x) - 2
-    attrs = node.attributes
-
-    def get(name: str, default: list[int]) -> list[int]:
-        return list(attrs[name].as_ints()) if name in attrs else default
-
-    stride, dilation = get("strides", [1] * spatial), get("dilations", [1] * spatial)
-    pads, extra = get("pads", [0] * (2 * spatial)), get("output_padding", [0] * spatial)
-    channels = weight[1] * attrs.get_int("group", 1)
-    if "output_shape" in attrs:
-        return [(x[0], channels, *attrs["output_shape"].as_ints()[-spatial:])]
-    mode = attrs["auto_pad"].as_string() if "auto_pad" in attrs else "NOTSET"
-    out: list[Dim] = [x[0], channels]
-    for i in range(spatial):
-        if mode in ("SAME_UPPER", "SAME_LOWER"):
-            out.append(x[2 + i] * stride[i])
-            continue
-        total = 0 if mode == "VALID" else pads[i] + pads[i + spatial]
-        span = dilation[i] * (weight[2 + i] - 1) + 1
-        out.append((x[2 + i] - 1) * stride[i] + extra[i] + span - total)
-    return [tuple(out)]
-
-
-@rule("Resize", "Upsample")
-def _resize(env: ShapeEnv, node: ir.Node) -> Shapes:
-    x = env.need(node.inputs[0])
-    out = list(x)
-    axes = (
-        [a % len(x) for a in node.attributes["axes"].as_ints()]
-        if "axes" in node.attributes
-        else range(len(x))
-    )
-    sizes = env.ints(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    which = 1 if node.op_type == "Upsample" else 2
-    scale_value = node.inputs[which] if len(node.inputs) > which else None
-    scales = env.ints(scale_value) if scale_value is not None else None
-    for i, axis in enumerate(axes):
-        if sizes:
-            out[axis] = env.fresh(node.outputs[0], axis) if sizes[i] is None else sizes[i]
-        elif scales:
-            out[axis] = (
-                env.fresh(node.outputs[0], axis)
-                if scales[i] is None
-                else dim(sympy.floor(sympy.sympify(out[axis]) * scales[i]))
-            )
-        else:
-            out[axis] = env.fresh(node.outputs[0], axis)
-    return [tuple(out)]
-
-
-@rule("Pad")
-def _pad(env: ShapeEnv, node: ir.Node) -> Shapes:
-    x = env.need(node.inputs[0])
-    pads: list[Any] | None = (
-        list(node.attributes["pads"].as_ints()) if "pads" in node.attributes else env.ints(node.inputs[1])
-    )
-    axes = list(range(len(x)))
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
-        axes = [a % len(x) for a in env.known_ints(node.inputs[3]) or axes]
-    out = list(x)
-    for i, axis in enumerate(axes):
-        low, high = (None, None) if pads is None else (pads[i], pads[i + len(axes)])
-        out[axis] = (
-            env.fresh(node.outputs[0], axis) if low is None or high is None else dim(out[axis] + low + high)
-        )
-    return [tuple(out)]
-
-
-@rule("DepthToSpace", "SpaceToDepth")
-def _depth_to_space(env: ShapeEnv, node: ir.Node) -> Shapes:
-    b, c, h, w = env.need(node.inputs[0])
-    block = node.attributes["blocksize"].as_int()
-    if node.op_type == "DepthToSpace":
-        return [(b, quotient(c, block * block), h * block, w * block)]
-    return [(b, c * block * block, quotient(h, block), quotient(w, block))]

@@ -122,6 +122,11 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None
 
 
+def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The lengths of a tensor, which are always ints."""
+    return tuple(d for d in tensor.shape if isinstance(d, int))
+
+
 class ShapeEnv:
     """Shapes of all values of one graph, and the contents of its small integer values."""
 
@@ -163,7 +168,7 @@ class ShapeEnv:
         if value in self.shapes:
             return self.shapes[value]
         tensor = constant_tensor(value)
-        shape = tuple(int(d) for d in tensor.shape) if tensor is not None else self.declared(value)
+        shape = tensor_shape(tensor) if tensor is not None else self.declared(value)
         self.shapes[value] = shape
         return shape
 
@@ -221,7 +226,8 @@ class ShapeEnv:
     def update(self, node: ir.Node) -> None:
         """Infer the outputs of one node from its operands."""
         from .onnx_data_rules import contents_of
-        from .onnx_shape_rules import dtypes_of, shapes_of
+        from .onnx_dtypes import dtypes_of
+        from .onnx_shape_rules import shapes_of
 
         try:
             shapes = shapes_of(self, node)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..ir.onnx_shapes import constant_tensor
+from ..ir.onnx_shapes import constant_tensor, tensor_shape
 from .surgery import Editor
 
 BUDGET = 64 << 20
@@ -221,7 +221,7 @@ def evaluate(ed: Editor, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[n
                 tensor = constant_tensor(value)
                 assert tensor is not None
                 held = ir.Value(name=f"c{len(mapping)}", const_value=ir.tensor(tensor.numpy()))
-                held.shape, held.dtype = ir.Shape(tensor.shape), tensor.dtype
+                held.shape, held.dtype = ir.Shape(tensor_shape(tensor)), tensor.dtype
                 initializers.append(held)
                 mapping[value] = held
             inputs.append(mapping[value])
@@ -230,7 +230,7 @@ def evaluate(ed: Editor, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[n
         )
         for i, out in enumerate(node.outputs):
             copied.outputs[i].name = f"v{len(mapping)}_{i}"
-            copied.outputs[i].dtype = out.dtype
+            copied.outputs[i].type = out.type
             mapping[out] = copied.outputs[i]
         copies.append(copied)
     graph = ir.Graph(

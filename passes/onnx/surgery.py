@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..ir.graph import Shape
-from ..ir.onnx_shapes import ShapeEnv, constant_tensor
+from ..ir.onnx_shapes import ShapeEnv, constant_tensor, tensor_shape
 
 
 class Declined(Exception):
@@ -141,7 +141,10 @@ class Editor:
         unique = self.unique(name)
         tensor = ir.tensor(np.asarray(array, order="C"), name=unique)
         value = ir.Value(
-            name=unique, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=unique,
+            shape=ir.Shape(tensor_shape(tensor)),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.graph.register_initializer(value)
         return value

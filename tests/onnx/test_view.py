@@ -9,14 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import sympy
-from onnx import TensorProto, helper
-from onnx_tools import Builder, run
-
 from elision.passes.errors import Refused, VerificationError
 from elision.passes.ir.graph import Op
 from elision.passes.ir.onnx import OnnxGraph
 from elision.passes.onnx.io import from_proto, to_proto
 from elision.passes.onnx.normalise import normalise
+from onnx import TensorProto, helper
+from onnx_tools import Builder, run
 
 N, H, D = 6, 2, 4
 C = H * D
@@ -295,7 +294,7 @@ def test_insert_a_dialect_op(dialect) -> None:
         assert op.attrs["times"] == times
         assert graph.ops[graph.ops.index(linear) + 1] is op
     assert len(graph.model.functions) == 2
-    user = [op for op, _ in linear.output.users if op.kind == "reshape"][0]
+    user = next(op for op, _ in linear.output.users if op.kind == "reshape")
     graph.set_operand(user, 0, out)
     graph.add_output(out, "scaled")
     graph.remove_dead()
@@ -392,3 +391,28 @@ def test_thousands_of_operations_normalise_fast() -> None:
     normalise(model)
     assert time.perf_counter() - started < 20
     assert not OnnxGraph(model).ops_of("size")
+
+
+@pytest.mark.parametrize("mask", ["none", "additive", "bool"])
+def test_the_dialects_attention_is_lowered(mask: str) -> None:
+    """Size-biased attention: the function body and the lowered form agree, padding and all."""
+    graph = view()
+    op = first(graph, "attention")
+    sizes = np.array([[1, 2, 3, 0, 1, 0], [4, 1, 1, 1, 1, 1]], np.float32)
+    size = graph.insert_constant(sizes, "size")
+    operands = [*op.inputs, None, size]
+    if mask != "none":
+        keep = np.random.default_rng(0).random((2, 1, 1, N)) > 0.3
+        array = keep if mask == "bool" else np.where(keep, 0.5, -2).astype(np.float32)
+        operands[3] = graph.insert_constant(array, "mask")
+    (out,) = graph.insert("attention", operands, {"scale": op.attrs["scale"]}, after=op)
+    for user, index in list(op.output.users):
+        graph.set_operand(user, index, out)
+    graph.remove_dead()
+    graph.verify()
+    plain, lowered = to_proto(graph.model, "standard"), to_proto(graph.model)
+    assert "attention" in {n.op_type for n in plain.graph.node}
+    assert "attention" not in {n.op_type for n in lowered.graph.node}
+    assert not lowered.functions
+    (a,), (b,) = run(plain, feed()), run(lowered, feed())
+    np.testing.assert_allclose(a, b, atol=1e-5)
