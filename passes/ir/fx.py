@@ -76,20 +76,21 @@ class FxGraph(FxView):
 
         `node.meta['val']` must be set. Placeholders are inputs unless `meta['elision_origin']` says otherwise
         or the example input is a Parameter. `module` itself is left as it was."""
-        plain = fx_nodes.copy_module(module)
-        holders = [n for n in plain.graph.nodes if n.op == "placeholder"]
-        for node, example in zip(holders, example_inputs or ()):
+        return cls._prepared(module, raise_attention, example_inputs)
+
+    @classmethod
+    def _prepared(
+        cls, module: fx.GraphModule, raise_attention: bool, examples: Sequence[Any] | None = None
+    ) -> Self:
+        # program.module() refuses train() and eval(); a plain GraphModule over the same tensors does not.
+        original = fx_nodes.copy_module(module)
+        fx_nodes.drop_guards(original.graph)
+        holders = [n for n in original.graph.nodes if n.op == "placeholder"]
+        for node, example in zip(holders, examples or ()):
             if isinstance(example, torch.nn.Parameter):
                 node.meta.setdefault("elision_origin", "parameter")
             if isinstance(example, torch.Tensor) and not hasattr(example, "fake_mode"):
                 node.meta.setdefault("elision_tensor", example)
-        return cls._prepared(plain, raise_attention)
-
-    @classmethod
-    def _prepared(cls, module: fx.GraphModule, raise_attention: bool) -> Self:
-        # program.module() refuses train() and eval(); a plain GraphModule over the same tensors does not.
-        original = fx_nodes.copy_module(module)
-        fx_nodes.drop_guards(original.graph)
         prepared = fx_nodes.copy_module(original)
         fx_prepare.prepare(prepared)
         graph = cls(prepared)

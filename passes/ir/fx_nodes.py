@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from ..errors import VerificationError
@@ -173,8 +175,19 @@ def evaluate(node: fx.Node, mode: FakeTensorMode) -> Any:
     """The call's result on its operands' fake values."""
     args = fx.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
-    with mode, torch.no_grad():
+    # With symbolic lengths composites must run torch's Python kernels: those in C++ read lengths as numbers.
+    symbolic = mode.shape_env is not None and _has_symbols((args, kwargs))
+    with mode, torch.no_grad(), enable_python_dispatcher() if symbolic else nullcontext():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _has_symbols(arguments: Any) -> bool:
+    for leaf in pytree.tree_leaves(arguments):
+        if isinstance(leaf, torch.SymInt):
+            return True
+        if isinstance(leaf, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in leaf.shape):
+            return True
+    return False
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -48,7 +49,7 @@ def _take_apart(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> 
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: given[n])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(call)(*[s.meta["val"] for s in sources])
     mapped: dict[fx.Node, Any] = {}
     feed = iter(sources)
