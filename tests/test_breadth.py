@@ -70,6 +70,20 @@ def test_removing_nothing_changes_no_bit(name: str, host: str, zoo_folder: Path)
         np.testing.assert_array_equal(after, before)
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_both_hosts_do_the_same(name: str, zoo_folder: Path) -> None:
+    entry = ZOO[name]
+    torch_side, onnx_side = (merged(entry, host, zoo_folder) for host in HOSTS)
+    assert torch_side.merges == onnx_side.merges, torch_side.sentence + onnx_side.sentence
+    if torch_side.merges:
+        assert torch_side.after == onnx_side.after
+        call = entry.build(3)
+        for one, other in zip(torch_side.run(call), onnx_side.run(call), strict=True):
+            np.testing.assert_allclose(
+                real_rows(entry, call, one), real_rows(entry, call, other), rtol=1e-3, atol=1e-3
+            )
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_a_fixed_batch_merges_as_a_dynamic_one_does(name: str, zoo_folder: Path) -> None:
     entry = ZOO[name]

@@ -98,12 +98,28 @@ def _unet_inputs(batch: int) -> dict[str, Tensor]:
     }
 
 
-def _entry(name: str, make, architecture: str, inputs: Inputs, tokens: int, blocks: int) -> ZooModel:
-    return ZooModel(name, "diffusers", make, inputs, tokens=tokens, blocks=blocks, architecture=architecture)
+AROUND = "token-merge{ratio=0.25 where=around metric=hidden}"
+
+
+def _entry(name: str, make, architecture: str, inputs: Inputs, tokens: int, **more) -> ZooModel:
+    return ZooModel(
+        name, "diffusers", make, inputs, tokens=tokens, blocks=3, architecture=architecture, **more
+    )
 
 
 MODELS = [
-    _entry("dit", _dit, "DiT", _dit_inputs, (SIZE // 2) ** 2, 3),
-    _entry("pixart", _pixart, "PixArt", _pixart_inputs, (SIZE // 2) ** 2, 3),
-    _entry("unet", _unet, "UNet2DCondition", _unet_inputs, SIZE**2, 3),
+    _entry("dit", _dit, "DiT", _dit_inputs, (SIZE // 2) ** 2),
+    _entry(
+        "dit_around",
+        _dit,
+        "DiT",
+        _dit_inputs,
+        (SIZE // 2) ** 2,
+        passes=AROUND,
+        variant=True,
+        note="merged around the self-attention",
+    ),
+    _entry("pixart", _pixart, "PixArt", _pixart_inputs, (SIZE // 2) ** 2),
+    # Every transformer of a UNet is one block deep, so that there is no later block to give fewer tokens to.
+    _entry("unet", _unet, "UNet2DCondition", _unet_inputs, SIZE**2, passes=AROUND),
 ]

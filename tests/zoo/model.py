@@ -37,9 +37,10 @@ class ZooModel:
     outputs have one row per token, so that rows of padding are not compared. `strides` are (kernel, stride)
     of the convolutions that make tokens of samples.
 
-    passes: what the breadth tests apply; correlation: what the outputs must still have then, on smooth inputs.
-    `whole_length` says that the architecture reads a fixed last position, padding or not: its results depend
-    on the padding with no pass at all. `reads_padding`: it also reads values there. `unfused_onnx`: torch.onnx knows this attention only as matmuls.
+    passes: what the breadth tests apply; correlation: what the outputs must still have then, on smooth
+    inputs. `whole_length` says that the architecture reads a fixed last position, padding or not: its
+    results depend on the padding with no pass at all. `reads_padding`: it also reads the values there.
+    `unfused_onnx`: torch.onnx knows this attention only as matmuls.
     """
 
     name: str
@@ -184,10 +185,11 @@ def images(size: int, channels: int = 3, name: str = "pixel_values") -> Inputs:
     return lambda batch: {name: smooth_image(batch, size, size, channels)}
 
 
-def text(vocabulary: int, length: int, *, first: int = 3, eos: int | None = None) -> Inputs:
+def text(vocabulary: int, length: int, *, eos: int | None = None, runs: int = 2) -> Inputs:
     """Token ids and a right-padded mask; sample i is `2 * i` tokens shorter, at least 6 long.
 
-    Ids come in runs, as sub-words of one field do, so that neighbours are alike and merging is harmless."""
+    Ids come in runs of `runs`, so that neighbours are alike and merging is harmless. Where tokens carry no
+    position of their own that would make exact ties, which each host may break in its own way: runs=1."""
 
     def make(batch: int) -> dict[str, Tensor]:
         ids = torch.zeros(batch, length, dtype=torch.int64)
@@ -195,8 +197,8 @@ def text(vocabulary: int, length: int, *, first: int = 3, eos: int | None = None
         for index in range(batch):
             generator = torch.Generator().manual_seed(77 + index)
             count = max(6, length - 2 * index)
-            drawn = torch.randint(first, vocabulary - 1, (count // 2 + 1,), generator=generator)
-            ids[index, :count] = drawn.repeat_interleave(2)[:count]
+            drawn = torch.randperm(vocabulary - 4, generator=generator)[:count] + 3
+            ids[index, :count] = drawn.repeat_interleave(runs)[:count]
             ids[index, 0] = 1
             ids[index, count - 1] = 2 if eos is None else eos
             mask[index, :count] = 1

@@ -35,11 +35,18 @@ class Outcome:
 
     @property
     def before(self) -> list[int]:
-        return list(self.result.report.cost_before.tokens_per_block)
+        """Tokens in each attention as the merging pass found them: other people's files are normalised first."""
+        return [int(n) for n in self._merging.cost_before.tokens_per_block]
 
     @property
     def after(self) -> list[int]:
-        return list(self.result.report.cost_after.tokens_per_block)
+        """And as it left them."""
+        return [int(n) for n in self._merging.cost_after.tokens_per_block]
+
+    @property
+    def _merging(self) -> Any:
+        (report,) = [p for p in self.result.report.passes if p.name == "token-merge"]
+        return report
 
     def run(self, call: Built) -> list[np.ndarray]:
         """Outputs of the optimised model for `call`."""

@@ -102,13 +102,13 @@ AXES = {"input_ids": (0, 1), "attention_mask": (0, 1)}
 
 
 def _entry(
-    name: str, make, architecture: str, *, blocks: int = 3, eos: int | None = None, **more
+    name: str, make, architecture: str, *, blocks: int = 3, eos: int | None = None, runs: int = 2, **more
 ) -> ZooModel:
     return ZooModel(
         name,
         "transformers",
         make,
-        text(100, LENGTH, eos=eos),
+        text(100, LENGTH, eos=eos, runs=runs),
         tokens=LENGTH,
         blocks=blocks,
         dynamic=AXES,
@@ -126,8 +126,16 @@ MODELS = [
     _entry("distilbert", _distilbert, "DistilBERT"),
     _entry("electra", _electra, "ELECTRA"),
     _entry("modernbert", _modernbert, "ModernBERT", blocks=4),
-    _entry("t5", _t5_tokens, "T5 encoder", per_token=True),
-    _entry("t5_mean", _t5_mean, "T5 encoder", variant=True, note="masked mean over tokens"),
+    _entry("t5", _t5_tokens, "T5 encoder", per_token=True, runs=1, correlation=0.8),
+    _entry(
+        "t5_mean",
+        _t5_mean,
+        "T5 encoder",
+        runs=1,
+        correlation=0.8,
+        variant=True,
+        note="masked mean over tokens",
+    ),
     _entry("clip_text", _clip_text, "CLIP text", eos=99),
     _entry("siglip_text", _siglip_text, "SigLIP text", whole_length=True, reads_padding=True),
 ]
