@@ -13,6 +13,8 @@ from ..layout import body_take_rows, take
 from ..lengths import fraction, removable
 from .match_tokens import (
     BUDGET,
+    UNLIKE,
+    body_best,
     body_normalised,
     body_removable,
     body_sorted,
@@ -22,9 +24,6 @@ from .match_tokens import (
     matching_work,
     normalised,
 )
-
-UNLIKE = -3.0
-"""Below every cosine: what a pair scores that must not merge."""
 
 
 def match_padded_tokens(
@@ -125,8 +124,7 @@ def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     free_even = b.unsqueeze(b.slice(free, 1, 0, None, 2), 2)
     free_odd = b.unsqueeze(b.slice(free, 1, 1, None, 2), 1)
     score = b("Where", b("And", free_even, free_odd), score, b.constant(UNLIKE, FLOAT))
-    best = b("ReduceMax", score, b.constant([2]), keepdims=0)
-    partner = b("ArgMax", score, axis=2, keepdims=0)
+    best, partner = body_best(b, score)
     ranking = body_sorted(b, best, largest=True)[1]
 
     own = body_removable(b, n, attrs)

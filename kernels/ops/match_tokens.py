@@ -20,6 +20,8 @@ BUDGET = (
     Attr("order", "published"),
 )
 EPSILON = 1e-12
+UNLIKE = -3.0
+"""Below every cosine: what a pair scores that must not merge."""
 
 
 def match_tokens(
@@ -133,6 +135,14 @@ def body_sorted(b: Body, values: str, *, largest: bool) -> list[str]:
     return b.many("TopK", [values, b.length(values, 1)], 2, axis=1, largest=int(largest), sorted=1)
 
 
+def body_best(b: Body, scores: str) -> tuple[str, str]:
+    """Maximum and the first place of it along the last axis of [B, M, K]; K may be 0, then both mean nothing."""
+    last = b("Sub", b.length(scores, 2), b.constant([1]))
+    padded = b("Pad", scores, b.constant([0, 0, 0, 0, 0, 1]), b.constant(UNLIKE, FLOAT))
+    best = b("ReduceMax", padded, b.constant([2]), keepdims=0)
+    return best, b("Min", b("ArgMax", padded, axis=2, keepdims=0), last)
+
+
 def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     check_order("match_tokens", attrs["order"])
     prefix, suffix = attrs["prefix"], attrs["suffix"]
@@ -143,8 +153,7 @@ def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     unit = body_normalised(b, "metric", operands[0][1])
     a, other = b.slice(unit, 1, first_a, until, 2), b.slice(unit, 1, first_b, until, 2)
     scores = b("MatMul", a, b.permute(other, [0, 2, 1]))
-    best = b("ReduceMax", scores, b.constant([2]), keepdims=0)
-    partner = b("ArgMax", scores, axis=2, keepdims=0)
+    best, partner = body_best(b, scores)
     ranking = body_sorted(b, best, largest=True)[1]
     removed, stay = b.slice(ranking, 1, 0, gone), b.slice(ranking, 1, gone)
     if prefix > 0 and attrs["order"] == "published":

@@ -21,6 +21,10 @@ from ..layout import (
 )
 from ..lengths import Shape, numel
 
+MOST_BY_PRODUCT = 128
+"""Up to this many sources a product with a one-hot matrix adds them up, fast everywhere and in a fixed order; beyond
+it the product's quadratic cost shows (on one CPU core 210 ms against 3 ms for 2048 sources), and they scatter."""
+
 
 def merge_tokens(
     x: Tensor,
@@ -53,11 +57,18 @@ def merge_tokens(
     weight = torch.where(target >= 0, take(size, source, 1, 0), 0.0)  # [B, R]
     # Padding may hold anything, and 0 * inf is no 0.
     moved = torch.where(weight.unsqueeze(-1) > 0, take(rows, source, 1, 0).to(wide), 0.0)
-    slots = torch.arange(keep.shape[1], dtype=torch.int32, device=x.device)
-    share = torch.where(slots[None, :, None] == target[:, None, :], weight[:, None, :], 0.0)  # [B, N', R]
-    received = share.sum(-1)
+    if isinstance(source.shape[1], int) and source.shape[1] > MOST_BY_PRODUCT:
+        place = target.clamp(min=0).long()
+        received = torch.zeros_like(own).scatter_add(1, place, weight)
+        moved = moved * weight.unsqueeze(-1)
+        added = torch.zeros_like(kept, dtype=wide).scatter_add(1, place.unsqueeze(-1).expand_as(moved), moved)
+    else:
+        slots = torch.arange(keep.shape[1], dtype=torch.int32, device=x.device)
+        share = torch.where(slots[None, :, None] == target[:, None, :], weight[:, None, :], 0.0)  # [B, N', R]
+        received = share.sum(-1)
+        added = torch.bmm(share.to(wide), moved)
     total = own + received
-    mean = kept.to(wide) * own.unsqueeze(-1) + torch.bmm(share.to(wide), moved)
+    mean = kept.to(wide) * own.unsqueeze(-1) + added
     mean = mean / torch.where(received > 0, total, 1.0).unsqueeze(-1)
     y = torch.where(received.unsqueeze(-1) > 0, mean.to(x.dtype), kept)
     return from_rows(y, x, axis, batch_axis), total

@@ -147,6 +147,12 @@ def _maps() -> list[Case]:
             {"axis": 1},
         ),
         Case(
+            "merge_tokens",
+            "many",
+            lambda: [torch.randn(2, 400, 4), *_padded_map(2, 400, 150)],
+            {"axis": 1},
+        ),
+        Case(
             "restore_tokens",
             "plain",
             lambda: [torch.randn(2, 9, 4), token_map(2, 13, 4)[0]],
