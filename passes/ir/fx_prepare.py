@@ -5,6 +5,8 @@ Every step here keeps the numbers to the bit. `prepare` edits the module it is g
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -78,7 +80,7 @@ def fill_meta(module: fx.GraphModule) -> None:
             node.meta["val"] = evaluate(node, mode)
 
 
-def _note_number(node: fx.Node, value: object) -> None:
+def _note_number(node: fx.Node, value: Any) -> None:
     """Let a constant that is one number carry it, so that passes can read it without the data."""
     single = (
         isinstance(value, torch.Tensor) and value.dim() == 0 and not isinstance(value, torch.nn.Parameter)

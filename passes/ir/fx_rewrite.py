@@ -16,6 +16,7 @@ from .fx_nodes import evaluate, fake_mode_of, same_length
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
+_RESHAPES = (aten.reshape.default, aten.unsqueeze.default)
 
 
 def rewrite(module: fx.GraphModule) -> None:
@@ -63,7 +64,8 @@ def _take_apart(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> 
             elif inner.target is aten.detach.default:
                 mapped[inner] = mapped[inner.args[0]]
             else:
-                mapped[inner] = module.graph.node_copy(inner, lambda n: mapped[n])
+                copied = mapped[inner] = module.graph.node_copy(inner, lambda n: mapped[n])
+                mapped[inner] = _Rewriter(module.graph, copied, mode).move()
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     else:
@@ -96,6 +98,40 @@ class _Rewriter:
             s if isinstance(s, int) else self.call(aten.sym_size.int, node, axis)
             for axis, s in enumerate(shape)
         ]
+
+    def move(self) -> fx.Node:
+        """Einsum's moves without its axes of length 1: a permutation of those alone is a reshape, others go
+        before the unsqueeze that made them, and of two reshapes in a row one is left."""
+        node = self.node
+        source: Any = node.args[0] if node.args else None
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
+        if node.target is aten.permute.default and isinstance(source, fx.Node):
+            perm = [int(a) % len(node.args[1]) for a in node.args[1]]  # type: ignore[union-attr, arg-type]
+            shape = source.meta["val"].shape
+            moved = [a for a in perm if not (isinstance(shape[a], int) and shape[a] == 1)]
+            if moved == sorted(moved):
+                sizes = self.sizes(source)
+                lengths = [sizes[a] for a in perm]
+                return self.replaced(self.call(aten.reshape.default, source, lengths))
+            if source.target is aten.unsqueeze.default:
+                return self.replaced(self._permute_first(source, perm))
+        while node.target is aten.reshape.default and source.target in _RESHAPES:
+            behind = source.args[0]
+            node.replace_input_with(source, behind)
+            source = behind
+        return node
+
+    def _permute_first(self, unsqueezed: fx.Node, perm: list[int]) -> fx.Node:
+        inner: Any = unsqueezed.args[0]
+        axis = int(unsqueezed.args[1]) % len(perm)  # type: ignore[call-overload]
+        rest = [a - (a > axis) for a in perm if a != axis]
+        moved = _Rewriter(self.graph, self.call(aten.permute.default, inner, rest), self.mode).move()
+        return self.call(aten.unsqueeze.default, moved, perm.index(axis))
+
+    def replaced(self, result: fx.Node) -> fx.Node:
+        self.graph.erase_node(self.node)
+        return result
 
     def index(self) -> None:
         x: Any = self.node.args[0]
