@@ -73,7 +73,8 @@ def _known(graph: fx.Graph, expr: Any, before: fx.Node) -> Any:
 def _materialise(found: Any, before: fx.Node, created: list[fx.Node]) -> fx.Node:
     if isinstance(found, fx.Node):
         return found
-    node = length_node(before.graph, *found, before)
+    source, axis = found
+    node = length_node(before.graph, source, axis, before)
     created.append(node)
     return node
 

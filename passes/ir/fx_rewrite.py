@@ -108,6 +108,13 @@ class _Rewriter:
             node.target = aten.reshape.default
         if node.target is aten.permute.default and isinstance(source, fx.Node):
             perm = [int(a) % len(node.args[1]) for a in node.args[1]]  # type: ignore[union-attr, arg-type]
+            while source.target is aten.permute.default:
+                inner: Any = source.args[1]
+                perm = [int(inner[a]) % len(perm) for a in perm]
+                node.args = (source.args[0], perm)
+                source = source.args[0]
+            if perm == sorted(perm):
+                return self.replaced(source)
             shape = source.meta["val"].shape
             moved = [a for a in perm if not (isinstance(shape[a], int) and shape[a] == 1)]
             if moved == sorted(moved):
@@ -117,7 +124,7 @@ class _Rewriter:
             if source.target is aten.unsqueeze.default:
                 return self.replaced(self._permute_first(source, perm))
         while node.target is aten.reshape.default and source.target in _RESHAPES:
-            behind = source.args[0]
+            behind: Any = source.args[0]
             node.replace_input_with(source, behind)
             source = behind
         return node
