@@ -75,6 +75,7 @@ def plan_space(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> 
     plan = Plan(first.attention.name, space, [], metric == "keys", padding=padding_mask(analysis, space))
     if options.where == "around" and options.destinations != "bipartite":
         plan.grid = _grid(analysis, space, options)
+    _in_range(space, counts, plan.grid, options)
     for block, r in zip(blocks, counts):
         if r == 0 and options.ratio is None:
             continue
@@ -82,6 +83,22 @@ def plan_space(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> 
         _check(analysis, space, cut, plan)
         plan.cuts.append(cut)
     return plan
+
+
+def _in_range(
+    space: TokenSpace, counts: list[int], grid: tuple[int, int] | None, options: MergeOptions
+) -> None:
+    """Later blocks may run out of tokens and merge fewer; more than the first block could ever merge is a mistake."""
+    if not isinstance(space.length, int):
+        return
+    if grid is not None:
+        most = space.length - (grid[0] // options.cell[0]) * (grid[1] // options.cell[1])
+    else:
+        most = max(space.length - space.prefix - space.suffix, 0) // 2
+    if max(counts) > most:
+        raise Refused(
+            f"r={max(counts)} is out of range: one block can merge at most {most} of these {space.length} tokens"
+        )
 
 
 def _grid(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> tuple[int, int] | None:

@@ -235,6 +235,14 @@ def test_a_list_longer_than_the_model():
         merged(toys.Encoder(), (torch.ones(2, 3, 8, 8),), r=[1, 1, 1])
 
 
+@pytest.mark.parametrize(("options", "most"), [({}, 8), ({"where": "around"}, 12)])
+def test_more_than_a_block_can_merge(options, most):
+    with pytest.raises(
+        Refused, match=f"r=13 is out of range: one block can merge at most {most} of these 16 tokens"
+    ):
+        merged(toys.Encoder(), (torch.ones(2, 3, 8, 8),), r=13, **options)
+
+
 @given(st.integers(0, 40), st.integers(2, 40))
 @settings(deadline=None)
 def test_law_schedules_keep_the_total(r, blocks):
