@@ -66,7 +66,15 @@ def test_removing_nothing_changes_no_bit(name: str, host: str, zoo_folder: Path)
         assert outcome.sentence.strip()
         return
     call = entry.build(3)
-    for before, after in zip(original(entry, host, call, zoo_folder), outcome.run(call), strict=True):
+    wanted, got = original(entry, host, call, zoo_folder), outcome.run(call)
+    if host == "onnx":
+        # Files are brought to canonical form before any pass; that step alone may move the last bits.
+        for before, after in zip(wanted, got, strict=True):
+            np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
+        with quiet():
+            canonical = elision.optimize(onnx_file(entry, zoo_folder), "normalise", example_inputs=call.args)
+        wanted = onnx_outputs(canonical.model, call)
+    for before, after in zip(wanted, got, strict=True):
         np.testing.assert_array_equal(after, before)
 
 
