@@ -34,6 +34,8 @@ def set_length(graph: OnnxGraph, op: Op, axis: int, like: Value, like_axis: int)
         "Tile": _tile,
         "Split": _split,
     }
+    if node.domain == "" and node.op_type in ("Squeeze", "Unsqueeze", "Flatten"):
+        return  # their lengths follow from the operand's; refreshing is all they need
     if node.domain != "" or node.op_type not in handlers:
         raise Refused(f"{op.target} '{op.name}' has no shape argument for axis {axis}")
     handlers[node.op_type](graph, op, axis, like, like_axis)

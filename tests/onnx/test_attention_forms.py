@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from onnx import TensorProto
-from onnx_tools import Builder, check
+
+from .onnx_tools import Builder, check
 
 B, H, N, D = 2, 3, 7, 8
 C = H * D

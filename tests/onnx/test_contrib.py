@@ -9,7 +9,8 @@ from elision.passes.ir.onnx import OnnxGraph
 from elision.passes.onnx.io import from_proto, to_proto
 from elision.passes.onnx.normalise import normalise
 from onnx import TensorProto, helper
-from onnx_tools import Builder, check, run
+
+from .onnx_tools import Builder, check, run
 
 B, N, H, D = 2, 6, 2, 8
 C = H * D

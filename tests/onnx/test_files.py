@@ -17,7 +17,8 @@ from elision.passes.onnx.normalise import normalise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from onnx_tools import Builder, run
+
+from .onnx_tools import Builder, run
 
 N, H, D = 4, 2, 4
 C = H * D

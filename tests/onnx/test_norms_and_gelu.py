@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 from onnx import TensorProto
-from onnx_tools import Builder, check
+
+from .onnx_tools import Builder, check
 
 N, C = 5, 16
 

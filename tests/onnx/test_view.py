@@ -15,7 +15,8 @@ from elision.passes.ir.onnx import OnnxGraph
 from elision.passes.onnx.io import from_proto, to_proto
 from elision.passes.onnx.normalise import normalise
 from onnx import TensorProto, helper
-from onnx_tools import Builder, run
+
+from .onnx_tools import Builder, run
 
 N, H, D = 6, 2, 4
 C = H * D
