@@ -136,7 +136,12 @@ class Graph(abc.ABC):
     # ---- editing -------------------------------------------------------------------------------------
     @abc.abstractmethod
     def insert(
-        self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any] | None = None, *, after: Op | None
+        self,
+        op: str,
+        inputs: Sequence[Value | None],
+        attrs: dict[str, Any] | None = None,
+        *,
+        after: Op | None,
     ) -> list[Value]:
         """Insert dialect op `op` right after `after` (None: before every op). Returns its outputs."""
 
