@@ -21,7 +21,7 @@ MODELS = [
     "timm_deit3",
     "timm_deit_distilled",
 ]
-BUDGETS: list[int | list[int]] = [1, 3, 5, 20, [4, 0, 2], [0, 3]]
+BUDGETS: list[int | list[int]] = [1, 3, 7, [4, 0, 2], [0, 3]]
 
 
 def _text(r: int | list[int], more: str = "") -> str:
