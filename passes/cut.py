@@ -165,7 +165,9 @@ class Cutter:
         if op.kind in ("select", "slice", "split") and op.attrs["axis"] == axis:
             return op in self._bounds and self._counts_from_start(op)
         if op.kind == "reshape":
-            return any(e == ends for _, e in self._tokens(op.output))
+            batch = self.analysis.batch_axis(self.space, port[0])
+            folded = batch is not None and self.analysis.batch_axis(self.space, op.output) is None
+            return not folded and any(e == ends for _, e in self._tokens(op.output))
         if op.kind == "concat" and op.attrs["axis"] == axis:
             return any(a == axis for a, _ in self._tokens(op.output))
         if op.kind == "softmax" and op.attrs["axis"] == axis:

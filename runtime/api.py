@@ -40,6 +40,7 @@ class Result:
     report: Any
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, repr=False)
     source: str = ""
+    untouched: bool = False  # no pass of the pipeline changed the model: it is given back, the same bit for bit
     _module: Any = field(default=None, repr=False)
 
     @property
@@ -58,7 +59,11 @@ class Result:
             raise AttributeError("a torch result has .module, not .model")
         from ..passes.onnx import io
 
-        return io.to_proto(self.graph.model)  # type: ignore[attr-defined]
+        return io.to_proto(self.graph.model, self._form)  # type: ignore[attr-defined]
+
+    @property
+    def _form(self) -> str:
+        return "standard" if self.untouched else "onnxruntime"
 
     def without_token_map(self) -> Result:
         """The same ONNX result without the extra output of `token_map=True`: one run serves a report and a
@@ -82,7 +87,7 @@ class Result:
 
             if file.suffix == ".pt2":
                 raise ElisionError(f"{file}: an ONNX result is saved as .onnx")
-            io.save_model(self.graph.model, file)  # type: ignore[attr-defined]
+            io.save_model(self.graph.model, file, self._form)  # type: ignore[attr-defined]
             return file
         if file.suffix != ".pt2":
             raise ElisionError(
@@ -124,7 +129,7 @@ def optimize(
     `reproducer`, plain data that `elision.runtime.reproduce.write` makes a file of.
     """
     tell = notify or (lambda _step: None)
-    pipeline = parse(passes)
+    pipeline = given = parse(passes)
     tell("reading the model")
     if is_onnx(target):
         graph, feeds, source = open_onnx(target), None, _source(target)
@@ -148,7 +153,9 @@ def optimize(
         want_map=token_map,
     )
     report = run_passes(graph, pipeline, context, runner, verify, tell)
-    return Result(report.graph, report, example, source)
+    untouched = taken_back(report, graph, given)
+    module = _own_module(target) if untouched and graph.host == "fx" else None
+    return Result(report.graph, report, example, source, untouched, module)
 
 
 def run_passes(
@@ -205,7 +212,8 @@ def export_onnx(
     runner = onnx_runner(feeds) if feeds else None
     context = PassContext(force, "onnxruntime", list(feeds.values()) if feeds else None, token_map)
     report = run_passes(graph, framed(pipeline), context, runner, verify, tell)
-    result = Result(report.graph, report, None, type(module).__name__)
+    untouched = taken_back(report, graph, pipeline)
+    result = Result(report.graph, report, None, type(module).__name__, untouched)
     tell("writing the file")
     result.save(file)
     return result
@@ -277,6 +285,13 @@ def open_torch(
         return FxGraph.trace(module, example[0], example[1] or None, dynamic_shapes), example
 
 
+def _own_module(target: Any) -> Any:
+    """What runs as `target` itself does."""
+    import torch
+
+    return target.module() if isinstance(target, torch.export.ExportedProgram) else target
+
+
 def _has_values(module: Any) -> bool:
     """Whether a GraphModule was traced at the ATen level, with fake values on its nodes."""
     nodes = list(module.graph.nodes)
@@ -293,6 +308,18 @@ def framed(pipeline: list[Pass]) -> list[Pass]:
     first = [] if "normalise" in named else parse("normalise")
     last = [] if "lower" in named else parse("lower")
     return [*first, *pipeline, *last]
+
+
+def taken_back(report: Any, original: Graph, pipeline: list[Pass]) -> bool:
+    """Give the original back when nothing that was asked for changed it: framing alone must not move a bit."""
+    asked = {single.name for single in pipeline}
+    if any(single.changed for single in report.passes if single.name in asked):
+        return False
+    for single in report.passes:
+        if single.changed:
+            single.notes.append("taken back: no pass of the pipeline changed the model")
+    report.graph = original
+    return True
 
 
 def _flat_tensors(example: Any) -> list[Any]:

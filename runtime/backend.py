@@ -141,6 +141,8 @@ def run_passes(
     for single in report.passes:
         if single.declined:
             warnings.warn(f"{single.name} left the graph as it was: {single.declined}", stacklevel=2)
+    if not any(single.changed for single in report.passes):
+        return None  # Inductor gets Dynamo's own graph: the same kernels, bit for bit
     return _as_dynamo_graph(report.graph.to_module(), gm)  # type: ignore[attr-defined]
 
 
