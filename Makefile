@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench support clean
 
 help:
 	@echo "make demo      see two real models get faster, with a report (under 4 minutes after set-up)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all  every test"
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     the benchmarks"
+	@echo "make support   write docs/support.md anew"
 
 # A stamp is older than pyproject.toml when the dependencies may have changed; then they are installed again.
 $(STAMP)demo: pyproject.toml
@@ -42,6 +43,10 @@ lint: $(STAMP)test
 
 bench: $(STAMP)demo
 	$(BIN)/python benchmarks/run.py
+
+# docs/support.md, from the runs that the breadth tests make.
+support: $(STAMP)test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.support
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache .hypothesis
