@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness import RESULTS, keep, machine
 
-BENCHMARKS = ("vit_cpu", "img_focus", "compile_share", "analysis_speed", "match_share")
+BENCHMARKS = ("vit_cpu", "focus", "compile_share", "analysis_speed", "match_share")
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 START, END = "<!-- results: written by benchmarks/run.py -->", "<!-- end of results -->"
 
