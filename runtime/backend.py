@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import ShortenTraceback
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..passes.base import Pass, PassContext
 from ..passes.errors import ElisionError, NothingMatched, PipelineError
@@ -70,7 +70,8 @@ def elision_backend(
     if lowered is None:
         return inductor(gm, example_inputs)
     register_decompositions()
-    return inductor(lowered, example_inputs, config_patches=cache_key(pipeline, ours, theirs))
+    inductor.config.update(cache_key(pipeline, ours, theirs))
+    return inductor(lowered, example_inputs)
 
 
 # ---- options -------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def _device_option(option: str) -> bool:
 def _inductor(mode: str | None, options: dict[str, Any], name: str | None) -> Any:
     """Inductor as torch.compile(backend="inductor") sets it up; its complaints about options are one line."""
     try:
-        return torch._TorchCompileInductorWrapper(mode, options, None, name)
+        return torch._TorchCompileInductorWrapper(mode, options, None, *([name] if name else []))
     except RuntimeError as error:
         raise PipelineError(str(error).split(", known options are")[0].splitlines()[0]) from None
 
@@ -190,16 +191,23 @@ def register_decompositions() -> None:
 
 
 class CacheKey(CustomGraphPass):
-    """Changes nothing: Inductor asks graph passes for a key, for forward and backward, on the disk too."""
+    """Changes nothing: Inductor asks graph passes for a key, for forward and backward, on the disk too.
 
-    def __init__(self, key: str) -> None:
+    Passes that the user set stay, inside this one: older versions of torch have room for one only."""
+
+    def __init__(self, key: str, inner: tuple[Any, ...] = ()) -> None:
         self.key = key
+        self.inner = inner
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        return None
+        for single in self.inner:
+            single(graph)
 
-    def uuid(self) -> str:
-        return self.key
+    def uuid(self) -> Any:
+        if not self.inner:
+            return self.key
+        keys = [single.uuid() if hasattr(single, "uuid") else None for single in self.inner]
+        return None if None in keys else (self.key, *keys)  # None: such a pass must not be cached
 
 
 def cache_key(pipeline: list[Pass], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,8 +216,9 @@ def cache_key(pipeline: list[Pass], ours: Mapping[str, Any], theirs: Mapping[str
 
     name = "post_grad_custom_pre_pass"
     key = f"elision {sources_digest()} {pipeline_key(pipeline)} force={ours['force']}"
-    present = get_custom_graph_passes(theirs.get(name, getattr(config, name)))
-    return {name: [*present, CacheKey(key)]}
+    present = theirs.get(name, getattr(config, name))
+    inner = tuple(present) if isinstance(present, list | tuple) else () if present is None else (present,)
+    return {name: CacheKey(key, inner)}
 
 
 @functools.cache

@@ -262,6 +262,7 @@ def fold_written_constants(module: fx.GraphModule, mode: FakeTensorMode) -> None
         with graph.inserting_before(node):
             constant = graph.get_attr(name)
         constant.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+        values[constant] = tensor  # a later table may be made from this one
         node.replace_all_uses_with(constant)
     for node in reversed(list(fixed)):
         if not node.users:
