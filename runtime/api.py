@@ -40,9 +40,7 @@ class Result:
     report: Any
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, repr=False)
     source: str = ""
-    untouched: bool = (
-        False  # no pass of the pipeline changed the model: it is given back, the same bit for bit
-    )
+    untouched: bool = False  # no pass changed the model: it is given back, the same bit for bit
     _module: Any = field(default=None, repr=False)
 
     @property
