@@ -199,7 +199,7 @@ def export_onnx(
     file = check_target(path)
     args, kwargs = split_inputs(example_inputs)
     tell("exporting to ONNX")
-    with _quietly("the module cannot be exported with these example inputs"):
+    with _quietly("the module cannot be exported with these example inputs"), _without_gradients(module):
         program = torch.onnx.export(
             module, args, kwargs=kwargs or None, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
         )
@@ -343,6 +343,21 @@ def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
         return None
     # The pass manager begins with the same graph; a large model is not run twice for that.
     return lambda asked: first if asked is graph else plain(asked)
+
+
+@contextlib.contextmanager
+def _without_gradients(module: Any) -> Iterator[None]:
+    """A mask that asks for gradients sends attention down a path that the exporter cannot take apart."""
+    import torch
+
+    asked = [p for p in module.parameters() if p.requires_grad] if isinstance(module, torch.nn.Module) else []
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -31,8 +31,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = q * rotary, k * rotary
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)
-        # one copy for sure: the ONNX exporter takes a view of what its own attention lays out otherwise
-        return self.out(y.transpose(1, 2).clone(memory_format=torch.contiguous_format).reshape(x.shape))
+        return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):

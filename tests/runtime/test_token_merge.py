@@ -10,6 +10,8 @@ from torch import nn
 
 import elision
 
+from ..analysis import toys
+
 PASSES = "token-merge{r=3}"
 
 
@@ -127,3 +129,10 @@ def test_picture(vision, x, host, tmp_path):
     html = render(result, (x,))
     assert html.count("data:image/png") == 6
     assert "16 patches became 7 tokens" in html  # three merges of three
+
+
+def test_a_learned_bias_exports_and_keeps_its_gradients(tmp_path):
+    """torch.onnx.export stops at an attention whose mask asks for gradients."""
+    module, inputs = toys.Text().eval(), toys.text_inputs()
+    elision.export_onnx(module, inputs, tmp_path / "text.onnx", "token-merge{r=2}", force=True)
+    assert all(p.requires_grad for p in module.parameters())
