@@ -13,7 +13,7 @@ from functools import cached_property
 
 from ..ir.graph import Dim, Graph, Op, Value
 from .axes import AxisType, AxisTypes, Size
-from .flow import Flow
+from .flow import FLOAT_INPUT, Flow, is_float
 
 Ends = tuple[int, int]
 """(tokens before, tokens after) of an interval of a token space; (0, 0) is the whole space."""
@@ -116,8 +116,6 @@ class Analysis:
 
     def is_content(self, space: TokenSpace, value: Value) -> bool:
         """True when the rows of `value` are features of the tokens, not positions, ids or masks."""
-        from .flow import FLOAT_INPUT, is_float
-
         if not is_float(value):
             return False
         if self.flow.comes_from(value) & FLOAT_INPUT:
