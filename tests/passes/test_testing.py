@@ -43,7 +43,7 @@ def onnx_model() -> Any:
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The pass of examples/own_pass.py, registered for one test."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(base, "_REGISTRY", base.known_passes())  # a copy, with the built-in passes loaded
     return runpy.run_path(str(ROOT / "examples" / "own_pass.py"))["DropTransposes"]
 
 
@@ -89,7 +89,7 @@ def test_own_pass_takes_its_option_and_says_when_nothing_matches(own: Any) -> No
 def test_example_runs_as_a_script(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(base, "_REGISTRY", base.known_passes())  # a copy, with the built-in passes loaded
     monkeypatch.setattr(sys, "argv", ["own_pass.py"])
     runpy.run_path(str(ROOT / "examples" / "own_pass.py"), run_name="__main__")
     assert "{'pairs': 1}" in capsys.readouterr().out
