@@ -17,7 +17,7 @@ from .cut import Cutter
 from .cut_maps import WHOLE, Level
 from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph, Op, Value
-from .merge_plan import Cut, Plan, plan_space, schedule
+from .merge_plan import Cut, Plan, plan_space
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,3 @@ class _Merger:
         batch = self.cutter.analysis.batch_axis(self.plan.space, mask)
         attrs = {"axis": mask.rank - 1, "batch_axis": -1 if batch is None else batch}
         return crossing.insert("valid_size", [crossing.current(mask)], attrs)[0]
-
-
-__all__ = ["MergeOptions", "TokenMerge", "schedule"]

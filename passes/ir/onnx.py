@@ -17,6 +17,7 @@ from ..errors import Refused
 from . import onnx_check, onnx_dialect, onnx_lengths, onnx_text
 from .graph import Graph, Op, Value
 from .onnx_kinds import classify
+from .onnx_names import unique_in
 from .onnx_shapes import ShapeEnv, constant_tensor, numpy_dtype, tensor_shape
 
 
@@ -98,12 +99,7 @@ class OnnxGraph(Graph):
 
     def unique_name(self, base: str) -> str:
         """A name that no value or node of the graph has yet."""
-        name, count = base, 1
-        while name in self._names:
-            count += 1
-            name = f"{base}_{count}"
-        self._names.add(name)
-        return name
+        return unique_in(self._names, base)
 
     def op_of(self, node: ir.Node) -> Op:
         return self._by_node[node]

@@ -82,3 +82,13 @@ UNARY_AND_BROADCAST = [
     "Xor",
     "CastLike",
 ]  # fmt: skip
+
+
+def unique_in(names: set[str], base: str) -> str:
+    """A name that is not in `names` yet, `base` if it is free; it is added to them."""
+    name, count = base, 1
+    while name in names:
+        count += 1
+        name = f"{base}_{count}"
+    names.add(name)
+    return name

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..ir.graph import Shape
+from ..ir.onnx_names import unique_in
 from ..ir.onnx_shapes import ShapeEnv, constant_tensor, tensor_shape
 
 
@@ -100,21 +101,11 @@ class Editor:
 
     # ---- writing -------------------------------------------------------------------------------------
     def unique(self, base: str) -> str:
-        name, count = base, 1
-        while name in self._names:
-            count += 1
-            name = f"{base}_{count}"
-        self._names.add(name)
-        return name
+        return unique_in(self._names, base)
 
     def node_name(self, base: str) -> str:
         """A name that no node has yet: onnxruntime wants them unique too."""
-        name, count = base, 1
-        while name in self._node_names:
-            count += 1
-            name = f"{base}_{count}"
-        self._node_names.add(name)
-        return name
+        return unique_in(self._node_names, base)
 
     def emit(
         self,
