@@ -14,11 +14,12 @@ from typing import Any, ClassVar, TypeVar
 
 from .errors import PipelineError
 from .ir.graph import Graph
+from .lowering import Table
 from .options import format_value, make_options
 
 # Modules of this package whose import registers passes; read on the first look-up so that
 # `import elision.passes` stays light. A new pass is one row.
-BUILTIN: tuple[str, ...] = ("token_merge", "onnx.passes")
+BUILTIN: tuple[str, ...] = ("token_merge", "onnx.passes", "lower")
 
 _REGISTRY: dict[str, type[Pass]] = {}
 
@@ -56,6 +57,7 @@ class PassContext:
     target: str = "torch"
     example_inputs: Sequence[Any] | None = None
     want_map: bool = False
+    table: Table | None = None
 
 
 class Pass(abc.ABC):

@@ -18,6 +18,7 @@ from ..passes.pipeline import Passes, parse
 from .files import check_target, write_atomically
 from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
 from .runners import Runner, fx_runner, onnx_runner
+from .table import table_for
 
 NOISY = ("torch.onnx", "torch.export", "torch._subclasses.fake_tensor", "onnxscript", "onnx_ir")
 """Loggers that tell at length what we tell in one line."""
@@ -129,7 +130,7 @@ def optimize(
     `reproducer`, plain data that `elision.runtime.reproduce.write` makes a file of.
     """
     tell = notify or (lambda _step: None)
-    pipeline = given = parse(passes)
+    given = parse(passes)
     tell("reading the model")
     if is_onnx(target):
         graph, feeds, source = open_onnx(target), None, _source(target)
@@ -140,7 +141,6 @@ def optimize(
         runner = _tolerant(graph, feeds, given=example_inputs is not None) if verify else None
         context_inputs = list(feeds.values()) if feeds else None
         example = None
-        pipeline = framed(pipeline)
     else:
         graph, example = open_torch(target, example_inputs, dynamic_shapes)
         source = type(target).__name__
@@ -151,7 +151,9 @@ def optimize(
         target="onnxruntime" if graph.host == "onnx" else "torch",
         example_inputs=context_inputs,
         want_map=token_map,
+        table=table_for(graph.host),
     )
+    pipeline = framed(given, graph.host)
     report = run_passes(graph, pipeline, context, runner, verify, tell)
     untouched = taken_back(report, graph, given)
     module = _own_module(target) if untouched and graph.host == "fx" else None
@@ -210,8 +212,9 @@ def export_onnx(
     graph = OnnxGraph(program.model)
     feeds = _export_feeds(graph, args, kwargs) if verify else None
     runner = onnx_runner(feeds) if feeds else None
-    context = PassContext(force, "onnxruntime", list(feeds.values()) if feeds else None, token_map)
-    report = run_passes(graph, framed(pipeline), context, runner, verify, tell)
+    inputs = list(feeds.values()) if feeds else None
+    context = PassContext(force, "onnxruntime", inputs, token_map, table_for("onnx"))
+    report = run_passes(graph, framed(pipeline, "onnx"), context, runner, verify, tell)
     untouched = taken_back(report, graph, pipeline)
     result = Result(report.graph, report, None, type(module).__name__, untouched)
     tell("writing the file")
@@ -300,12 +303,14 @@ def _has_values(module: Any) -> bool:
     )
 
 
-def framed(pipeline: list[Pass]) -> list[Pass]:
-    """For ONNX: other people's files are brought to one form first, and at the end every operator gets the
-    form that onnxruntime runs fastest. A pipeline that says either itself is left to do so where it
-    wants."""
+def framed(pipeline: list[Pass], host: str) -> list[Pass]:
+    """With `lower` at the end, and for ONNX `normalise` in front: other people's files are brought to one form.
+
+    A pipeline that says either itself is left to do so where it wants; an empty one leaves a torch graph alone."""
+    if host == "fx" and not pipeline:
+        return []
     named = {single.name for single in pipeline}
-    first = [] if "normalise" in named else parse("normalise")
+    first = [] if "normalise" in named or host == "fx" else parse("normalise")
     last = [] if "lower" in named else parse("lower")
     return [*first, *pipeline, *last]
 

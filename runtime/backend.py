@@ -36,7 +36,9 @@ from ..passes.options import nearest
 from ..passes.pipeline import format as format_pipeline
 from ..passes.pipeline import key as pipeline_key
 from ..passes.pipeline import parse
+from .api import framed, taken_back
 from .fragments import Fragment, fragment_of
+from .table import table_for
 
 log = logging.getLogger("elision")
 
@@ -127,10 +129,12 @@ def run_passes(
     from ..passes.manager import run_pipeline
 
     started = time.perf_counter()
-    context = PassContext(force=ours["force"], target="torch")
+    context = PassContext(force=ours["force"], target="torch", table=table_for("fx"))
     try:
         graph = FxGraph.from_module(retrace(gm, example_inputs), example_inputs)
-        report = run_pipeline(graph, pipeline, context=context, runner=None, verify=ours["verify"])
+        report = run_pipeline(
+            graph, framed(pipeline, "fx"), context=context, runner=None, verify=ours["verify"]
+        )
     except NothingMatched as error:
         _nothing_matched(error, pipeline, fragment)
         return None
@@ -142,7 +146,7 @@ def run_passes(
     for single in report.passes:
         if single.declined:
             warnings.warn(f"{single.name} left the graph as it was: {single.declined}", stacklevel=2)
-    if not any(single.changed for single in report.passes):
+    if taken_back(report, graph, pipeline):
         return None  # Inductor gets Dynamo's own graph: the same kernels, bit for bit
     return _as_dynamo_graph(report.graph.to_module(), gm)  # type: ignore[attr-defined]
 
@@ -211,11 +215,12 @@ class CacheKey(CustomGraphPass):
 
 
 def cache_key(pipeline: list[Pass], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The Inductor configuration that carries our pipeline, its options and our own version."""
+    """The Inductor configuration that carries our pipeline, its options, the lowering table and our own version."""
     from torch._inductor import config
 
     name = "post_grad_custom_pre_pass"
-    key = f"elision {sources_digest()} {pipeline_key(pipeline)} force={ours['force']}"
+    table = table_for("fx").digest
+    key = f"elision {sources_digest()} {pipeline_key(pipeline)} force={ours['force']} table={table}"
     present = theirs.get(name, getattr(config, name))
     inner = tuple(present) if isinstance(present, list | tuple) else () if present is None else (present,)
     return {name: CacheKey(key, inner)}

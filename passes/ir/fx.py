@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ...kernels import ops as _dialect  # noqa: F401  (importing it registers torch.ops.elision)
 from ..errors import ElisionError, VerificationError
-from . import fx_call, fx_lengths, fx_nodes, fx_prepare, fx_raise
+from . import fx_call, fx_lengths, fx_nodes, fx_prepare, fx_raise, fx_rewrite
 from .fx_view import FxView
 from .graph import Op, Value
 
@@ -326,6 +326,25 @@ class FxGraph(FxView):
         self._changed()
         self._describe(op)
 
+    def retarget(self, op: Op, overload: Any) -> None:
+        """Let another operator with the same arguments compute `op`. Raises VerificationError."""
+        op.raw.target = overload
+        op.target = fx_call.target_text(overload)
+        self.refresh(op)
+
+    def take_apart(self, ops: Sequence[Op]) -> None:
+        """Put the ATen of their definitions in the place of dialect ops. The view is built anew: ops and values
+        that the caller holds are void."""
+        from ...kernels import OPS
+
+        for op in ops:
+            body = OPS[op.target.rpartition(".")[2]].reference
+            fx_rewrite.take_apart(self.module, op.raw, self._mode, body)
+        fx_prepare.hoist_constants(self.module)
+        fx_prepare.fill_meta(self.module)
+        self._changed()
+        self._build()
+
     def remove_op(self, op: Op) -> None:
         """Erase an op whose outputs nobody uses."""
         node: fx.Node = op.raw
@@ -409,6 +428,11 @@ class FxGraph(FxView):
 
     def _first_call(self) -> fx.Node:
         return next(n for n in self.module.graph.nodes if n.op not in ("placeholder", "get_attr"))
+
+    @property
+    def device_type(self) -> str:
+        """The device of the graph's tensors: "cpu", "cuda", ..."""
+        return self._device().type
 
     def _device(self) -> torch.device:
         for node in self.module.graph.nodes:

@@ -41,6 +41,9 @@ TAKEN_APART = frozenset(
     {"aten::einsum", "aten::tensordot", "aten::cosine_similarity", "aten::inner", "aten::meshgrid"}
 )
 
+DIALECT = frozenset({"elision", "elision_cpu", "elision_triton"})
+"""Namespaces of our own ops: the dialect, and the kernels that implement it on a device."""
+
 # ---- pointwise ---------------------------------------------------------------------------------------
 # Pointwise operators that torch does not tag as such.
 _POINTWISE = (
@@ -105,7 +108,7 @@ def describe(node: fx.Node) -> Spec:
             numbers = {f"arg{k}": as_plain(v) for k, v in call.named.items() if not isinstance(v, fx.Node)}
             return Spec("elementwise", operands, {"fn": name.split(".")[-1].strip("_"), **numbers})
         return Spec("unknown", operands)
-    if target.namespace == "elision":
+    if target.namespace in DIALECT:
         return Spec("elision", call.tensors(), call.numbers())
     if name not in ROWS and target._schema.is_mutable:
         name = functional_name(name)

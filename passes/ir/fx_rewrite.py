@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,14 +34,20 @@ def rewrite(module: fx.GraphModule) -> None:
             node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
             node.target = aten.reshape.default
         elif name in fx_ops.TAKEN_APART:
-            _take_apart(module, node, mode)
+            take_apart(module, node, mode)
         elif name in ("aten::index", "aten::_unsafe_index"):
             _Rewriter(module.graph, node, mode).index()
         elif name == "aten::gather":
             _Rewriter(module.graph, node, mode).gather()
 
 
-def _take_apart(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
+def take_apart(
+    module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, body: Callable[..., Any] | None = None
+) -> None:
+    """Put what `body` (None: the target itself) does on the node's arguments in the node's place.
+
+    Below autograd without a body; with one, at the level of torch.export, where linear or attention stay whole."""
+    run = node.target if body is None else body
     sources: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), lambda n: sources.append(n) or n)
     sources = list(dict.fromkeys(sources))
@@ -48,10 +55,10 @@ def _take_apart(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> 
     def call(*values: Any) -> Any:
         given = dict(zip(sources, values))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: given[n])
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return run(*args, **kwargs)  # type: ignore[operator]
 
     with mode, torch.no_grad(), enable_python_dispatcher():
-        traced = make_fx(call)(*[s.meta["val"] for s in sources])
+        traced = make_fx(call, pre_dispatch=body is not None)(*[s.meta["val"] for s in sources])
     mapped: dict[fx.Node, Any] = {}
     feed = iter(sources)
     result: Any = None

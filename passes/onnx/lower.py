@@ -16,8 +16,12 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from ..base import Outcome
+from ..ir.graph import Graph
+from ..ir.onnx import OnnxGraph
 from ..ir.onnx_dialect import DOMAIN, OP, op_and_attributes
 from ..ir.onnx_shapes import MALFORMED, ShapeEnv
+from ..lowering import Table
 from .plain_masks import LOW
 from .surgery import Declined, Editor, operand, used
 
@@ -25,7 +29,17 @@ CONTRIB = "com.microsoft"
 SWAP = [0, 2, 1, 3]
 
 
-def lower(model: ir.Model) -> dict[str, int]:
+def lower_graph(graph: Graph, table: Table) -> Outcome:
+    """`lower` on a graph view, with its report."""
+    assert isinstance(graph, OnnxGraph)
+    counts = lower(graph.model, table)
+    if not counts:
+        return Outcome(notes=["nothing to lower: every operator has the form that onnxruntime runs fastest"])
+    OnnxGraph.__init__(graph, graph.model)
+    return Outcome(changed=True, statistics=dict(counts))
+
+
+def lower(model: ir.Model, table: Table | None = None) -> dict[str, int]:
     """Rewrite `model` in place for onnxruntime; returns how often each rule fired."""
     if not any(is_attention(node) or is_biased(node) for node in model.graph):
         return {}

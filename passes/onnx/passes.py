@@ -1,4 +1,4 @@
-"""The exact passes of the ONNX side: `normalise` before every other pass, `lower` after them."""
+"""The exact pass that goes before every other one on the ONNX side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from ..base import Outcome, Pass, PassContext, register
 from ..errors import NothingMatched
 from ..ir.graph import Graph
 from ..ir.onnx import OnnxGraph
-from .lower import lower
 from .normalise import normalise
 
 
@@ -28,22 +27,6 @@ class Normalise(Pass):
             notes=[*report.near_misses, *report.notes],
             statistics=dict(report.rules),
         )
-
-
-@register
-class Lower(Pass):
-    """Gives every canonical operator the form that onnxruntime's kernels run fastest."""
-
-    name = "lower"
-    exact = True
-    summary = "the forms of operators that onnxruntime runs fastest"
-
-    def run(self, graph: Graph, context: PassContext) -> Outcome:
-        host = _onnx(graph, self.name)
-        counts = lower(host.model)
-        if counts:
-            OnnxGraph.__init__(host, host.model)
-        return Outcome(changed=bool(counts), statistics=dict(counts))
 
 
 def _onnx(graph: Graph, name: str) -> OnnxGraph:

@@ -48,8 +48,8 @@ def test_torch_graph_round_trip(tmp_path, dynamic):
     assert outcome.same
     assert outcome.found == ("KeyError", "'left'")
     document = json.loads(path.read_text())
-    assert document["pipeline"] == "toy-crash"  # the graph is the one that the failing pass got
-    assert document["whole_pipeline"] == "toy-drop-relu,toy-crash"
+    assert document["pipeline"] == "toy-crash,lower"  # the graph is the one that the failing pass got
+    assert document["whole_pipeline"] == "toy-drop-relu,toy-crash,lower"
     graph, runner = reproduce.decode_graph(document["graph"])
     assert [op.target for op in graph.ops] == [op.target for op in error.graph.ops]
     assert runner is not None and runner(graph)[0].shape == (3, 5, 8)

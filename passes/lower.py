@@ -1,0 +1,150 @@
+"""lower: every op in the form that its target runs fastest, by the lowering table. The function stays the same.
+
+In torch graphs an op of the dialect becomes our kernel for the device where there is one that takes it and is faster;
+for MLIR it is taken apart into ATen. In ONNX graphs the canonical operators (attention, norms, GELUs, products) take
+the form that ONNX Runtime's kernels run fastest; ops of the dialect stay functions there, which our library, where it
+is registered, replaces by kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from .base import Outcome, Pass, PassContext, register
+from .errors import NothingMatched, PipelineError
+from .ir.graph import Graph, Op
+from .lowering import KERNEL, MLIR, ONNXRUNTIME, TARGETS, TORCH_CPU, TORCH_CUDA, Table, dialect_class
+from .options import nearest
+
+LIBRARIES = {TORCH_CPU: "cpu", TORCH_CUDA: "gpu"}
+"""The module of `elision.kernels` that has the kernels of a torch target."""
+
+HOSTS = {ONNXRUNTIME: "onnx", TORCH_CPU: "fx", TORCH_CUDA: "fx", MLIR: "fx"}
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """target: onnxruntime, torch-cpu, torch-cuda or mlir; none: what the graph is made for, by host and device."""
+
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.target not in TARGETS:
+            raise PipelineError(f"unknown target {self.target!r}{nearest(self.target, TARGETS)}")
+
+
+@register
+class Lower(Pass):
+    """Gives every op the form that its target runs fastest. Leaves a graph alone in which there is nothing to do."""
+
+    name = "lower"
+    exact = True
+    summary = "the kernels and forms that the target runs fastest"
+    Options = LowerOptions
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        """Raises NothingMatched for a target that does not run this kind of graph."""
+        target = self.options.target or target_of(graph)
+        if HOSTS[target] != graph.host:
+            host = "torch" if graph.host == "fx" else "ONNX"
+            runs = [name for name, wants in HOSTS.items() if wants == graph.host]
+            raise NothingMatched(f"lower: {target} runs no {host} graphs (those are for {', '.join(runs)})")
+        table = context.table or default_table()
+        if target == ONNXRUNTIME:
+            from .onnx.lower import lower_graph
+
+            return lower_graph(graph, table)
+        if target == MLIR:
+            return take_apart(graph)
+        return to_kernels(graph, target, table)
+
+
+def target_of(graph: Graph) -> str:
+    """What a graph is made for: ONNX Runtime, or torch on the device of its tensors."""
+    if graph.host == "onnx":
+        return ONNXRUNTIME
+    return TORCH_CUDA if graph.device_type == "cuda" else TORCH_CPU  # type: ignore[attr-defined]
+
+
+def default_table() -> Table:
+    from .lowering_defaults import DEFAULTS
+
+    return DEFAULTS
+
+
+# ---- torch -------------------------------------------------------------------------------------------
+def kernels_of(target: str) -> tuple[dict[str, Any], str]:
+    """The kernels of a torch target by op, loaded; where there are none, why not."""
+    name = LIBRARIES[target]
+    try:
+        library = importlib.import_module(f"..kernels.{name}", __package__)
+    except ModuleNotFoundError as error:
+        return {}, f"no kernels for {target} here ({error.name} is not installed)"
+    if library.__file__ is None:  # a folder with sources only
+        return {}, f"no kernels for {target} here (not built)"
+    if not library.available():
+        return {}, f"no kernels for {target} here (elision doctor says why)"
+    library.load()
+    return library.KERNELS, ""
+
+
+def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
+    """Ops of the dialect as the kernels of `target`, where one takes them and the table finds it faster."""
+    from ..kernels import OPS
+
+    outcome = Outcome()
+    ops = [op for op in graph.ops_of("elision") if op.target.partition(".")[0] == "elision"]
+    if not ops:
+        outcome.notes.append("nothing to lower: the graph has no op of the dialect")
+        return outcome
+    kernels, problem = kernels_of(target)
+    if problem:
+        outcome.notes.append(problem)
+    for op in ops:
+        name = op.target.partition(".")[2]
+        shapes = [None if v is None else v.shape for v in op.inputs]
+        dtypes = [None if v is None else v.dtype for v in op.inputs]
+        attrs = OPS[name].complete(op.attrs)
+        reason = ""
+        if name not in kernels:
+            reason = "" if problem else f"{name}: no kernel for {target}"
+        else:
+            reason = kernels[name].refuses(shapes, dtypes, attrs)
+            choice = table.choose(name, target, dialect_class(name, shapes, dtypes, attrs))
+            if reason:
+                reason = f"{name}: {reason}"
+            elif choice is not None and choice.form != KERNEL:
+                reason = f"{name}: ATen is as fast at this size"
+        if name in kernels and not reason:
+            graph.retarget(op, kernels[name].overload)  # type: ignore[attr-defined]
+            outcome.changed = True
+            count(outcome, f"{name} as {target} kernel")
+            continue
+        count(outcome, f"{name} as ATen")
+        if reason and reason not in outcome.notes:
+            outcome.notes.append(reason)
+    return outcome
+
+
+def take_apart(graph: Graph) -> Outcome:
+    """Every op of the dialect, kernels too, as the ATen of its definition."""
+    outcome = Outcome()
+    ops = graph.ops_of("elision")
+    for op in ops:
+        count(outcome, f"{dialect_name(op)} as ATen")
+    if not ops:
+        outcome.notes.append("nothing to lower: the graph has no op of the dialect")
+        return outcome
+    graph.take_apart(ops)  # type: ignore[attr-defined]
+    outcome.changed = True
+    return outcome
+
+
+def dialect_name(op: Op) -> str:
+    return op.target.rpartition(".")[2]
+
+
+def count(outcome: Outcome, what: str) -> None:
+    outcome.statistics[what] = int(outcome.statistics.get(what, 0)) + 1
