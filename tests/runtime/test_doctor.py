@@ -29,11 +29,21 @@ def test_missing_packages(monkeypatch):
     assert not doctor.healthy(list(findings.values()))
 
 
-def test_library_is_looked_for_in_one_place(tmp_path, monkeypatch):
-    from elision import kernels
+def test_kernels_that_are_not_built_are_absent_not_broken(tmp_path, monkeypatch):
+    from elision.kernels.cpu import library
 
-    monkeypatch.setattr(kernels, "__path__", [str(tmp_path)])
-    assert session.kernel_library() is None
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / session.LIBRARY).write_bytes(b"")
-    assert session.kernel_library() == tmp_path / "lib" / session.LIBRARY
+    library._loaded.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "__file__", str(tmp_path / "library.py"))
+            findings = {finding.subject: finding for finding in doctor.examine()}
+            assert findings["C++ kernels"].state == "absent"
+            assert "no C++ compiler" in findings["C++ kernels"].detail
+            assert session.kernel_library() is None
+            library._loaded.cache_clear()
+            (tmp_path / library.NAME).write_bytes(b"no library")
+            findings = {finding.subject: finding for finding in doctor.examine()}
+            assert findings["C++ kernels"].state == "broken"
+            assert session.kernel_library() is None
+    finally:
+        library._loaded.cache_clear()

@@ -1,0 +1,21 @@
+"""The C++ kernels for the CPU: one library, plain C interface, used by torch (here, through ctypes) and by ONNX
+Runtime (as a library of custom ops).
+
+`csrc/` has a file for each kernel. The library is built with the package where there is a C++ compiler; without it
+`available()` is False, `why_not()` says why, and everything runs on the references.
+"""
+
+from __future__ import annotations
+
+from ..kernel import Kernel
+from .library import ISA, available, library_path, variant, variants, why_not
+
+
+def kernels() -> dict[str, Kernel]:
+    """The kernels by op name, registered as `torch.ops.elision_cpu.<op>`. Raises RuntimeError without the library."""
+    from . import torch_ops
+
+    return torch_ops.KERNELS
+
+
+__all__ = ["ISA", "available", "kernels", "library_path", "variant", "variants", "why_not"]

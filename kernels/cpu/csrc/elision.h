@@ -1,0 +1,121 @@
+// The C interface of the kernels: plain structs, no allocation across it, the same for every host.
+//
+// Every call returns 0, or 1 with a sentence in `error`. Element types carry ONNX's numbers. Tensors are dense in
+// the stated order unless strides are given; strides and lengths count elements. A result depends on the operands
+// only: not on the number of threads, not on earlier calls.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define ELISION_API __declspec(dllexport)
+#else
+#define ELISION_API __attribute__((visibility("default")))
+#endif
+
+enum { ELISION_F32 = 1, ELISION_BOOL = 9, ELISION_F16 = 10, ELISION_BF16 = 16 };
+
+// Runs task(data, 0), ..., task(data, count - 1), in any order and on any threads, and returns when all are done.
+typedef void (*elision_task)(void* data, size_t index);
+typedef struct {
+  void (*run)(void* self, elision_task task, void* data, size_t count);
+  void* self;
+} elision_runner;
+
+// match_tokens and match_padded_tokens: metric [batch, count, width] -> slot [batch, count],
+// keep [batch, count - gone], source [batch, gone].
+typedef struct {
+  const void* metric;
+  const float* size;  // [size_batch, count], 0 is padding; null: every token is real
+  int32_t *slot, *keep, *source;
+  int64_t batch, count, width, size_batch;
+  int64_t gone;                      // tokens removed of `count` real ones
+  int64_t r, numerator, denominator; // wish per sample: r, or with r < 0 floor(n * numerator / denominator)
+  int64_t prefix, suffix;
+  int32_t dtype, published;
+} elision_match_args;
+
+// mean_heads: k [batch, heads, tokens * width] -> metric [batch, tokens * width].
+typedef struct {
+  const void* k;
+  void* metric;
+  int64_t batch, heads, length;
+  int32_t dtype;
+} elision_mean_args;
+
+// Where the tokens of a dense value stand: [pre, batch, mid, tokens, width], or with `swapped`
+// [pre, tokens, mid, batch, width].
+typedef struct {
+  int64_t pre, mid, width;
+  int32_t swapped;
+} elision_layout;
+
+// merge_tokens: x -> y with `left` tokens instead of `count`, new_size [batch, left]. The map's tensors have
+// map_batch rows, x has x_batch, size has size_batch: `batch`, or 1 for all.
+typedef struct {
+  const void* x;
+  void* y;
+  const float* size;  // null: every size is 1
+  const int32_t *slot, *keep, *source;
+  float* new_size;
+  int64_t batch, x_batch, size_batch, map_batch;
+  int64_t count, left, gone;
+  elision_layout layout;
+  int32_t dtype;
+} elision_merge_args;
+
+// restore_tokens: y with `left` tokens -> x with `count`; slot [map_batch, count], -1 gives zeros.
+typedef struct {
+  const void* y;
+  void* x;
+  const int32_t* slot;
+  int64_t batch, y_batch, map_batch;
+  int64_t count, left;
+  elision_layout layout;
+  int32_t itemsize;  // bytes of an element: 1, 2, 4 or 8
+} elision_restore_args;
+
+// attention: q [batch, heads, queries, width], k [batch, kv_heads, keys, width], v [.., keys, value_width] -> out.
+// Strides are those of the batch, head and token axes; the last axis is dense.
+typedef struct {
+  const void *q, *k, *v;
+  void* out;
+  const void* mask;            // null, bool (true attends) or additive
+  const int64_t* mask_offset;  // [batch]: where a batch entry's mask begins
+  const float* size;           // [size_batch, keys] or null
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width, size_batch;
+  int64_t batch_per_size;      // batch entries that share one row of size (leading axes behind the first)
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
+  int64_t mask_stride[3];      // head, query, key; 0 where it is broadcast
+  float scale;
+  float masked;  // what a key that must not be attended to adds to its logit; -inf: a row without keys is 0
+  int32_t causal, dtype, mask_dtype;
+} elision_attention_args;
+
+ELISION_API int elision_match(const elision_match_args* args, const elision_runner* runner, char* error, size_t room);
+ELISION_API int elision_mean(const elision_mean_args* args, const elision_runner* runner, char* error, size_t room);
+ELISION_API int elision_merge(const elision_merge_args* args, const elision_runner* runner, char* error, size_t room);
+ELISION_API int elision_restore(const elision_restore_args* args, const elision_runner* runner, char* error,
+                                size_t room);
+ELISION_API int elision_attention(const elision_attention_args* args, const elision_runner* runner, char* error,
+                                  size_t room);
+
+// Our own threads, for hosts that lend none: *runner uses at most `threads` of them, the caller's included.
+ELISION_API void elision_own_threads(int threads, elision_runner* runner);
+
+// "avx512", "avx2" or "portable": the variant in use. ELISION_ISA in the environment asks for one.
+ELISION_API const char* elision_variant(void);
+// The variants that this processor runs, separated by spaces.
+ELISION_API const char* elision_variants(void);
+// The best fraction at most `most` in the denominator for a share that went through a float32.
+ELISION_API void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* denominator);
+// Changes whenever a struct above does.
+ELISION_API int elision_abi(void);
+
+#ifdef __cplusplus
+}
+#endif

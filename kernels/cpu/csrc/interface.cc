@@ -1,0 +1,177 @@
+// The C interface: arguments are checked here, once for all variants, and the variant is chosen.
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <string>
+
+#include "common.h"
+
+namespace elision {
+
+#define DECLARE(name)           \
+  namespace name {              \
+  extern const Kernels kernels; \
+  }
+DECLARE(portable)
+#if defined(ELISION_X86)
+DECLARE(avx2)
+DECLARE(avx512)
+#endif
+#undef DECLARE
+
+namespace {
+
+#if defined(ELISION_X86)
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+// Best first.
+int usable(const Kernels** found) {
+  int count = 0;
+#if defined(ELISION_X86)
+  __builtin_cpu_init();
+  if (runs_avx512()) found[count++] = &avx512::kernels;
+  if (runs_avx2()) found[count++] = &avx2::kernels;
+#endif
+  found[count++] = &portable::kernels;
+  return count;
+}
+
+// A variant that is asked for but cannot run here is not taken: the hosts compare elision_variant() with the wish.
+const Kernels& choose() {
+  const Kernels* found[3];
+  const int count = usable(found);
+  const char* wish = getenv("ELISION_ISA");
+  for (int i = 0; wish != nullptr && i < count; ++i)
+    if (strcmp(wish, found[i]->name) == 0) return *found[i];
+  return *found[0];
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+bool known(int32_t dtype) { return dtype == ELISION_F32 || dtype == ELISION_F16 || dtype == ELISION_BF16; }
+
+// All lengths of one tensor fit the address space, with room for padding and for scratch beside it.
+template <size_t N>
+bool fits(const int64_t (&lengths)[N]) {
+  int64_t total;
+  return product(&total, lengths, N) && total <= INT64_MAX / 64;
+}
+
+bool serves(int64_t rows, int64_t batch) { return rows == 1 || rows == batch; }
+
+int misfit(const char* op, char* error, size_t room) {
+  return fail(error, room, "%s: the operands' lengths do not fit together", op);
+}
+
+}  // namespace
+}  // namespace elision
+
+using namespace elision;
+
+extern "C" {
+
+int elision_match(const elision_match_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_match_args& a = *args;
+  if (!known(a.dtype)) return fail(error, room, "match_tokens: the metric is neither float32, float16 nor bfloat16");
+  if (!fits({a.batch, a.count, a.width}) || a.count > INT32_MAX / 4 || a.gone < 0 || a.gone > a.count / 2)
+    return misfit("match_tokens", error, room);
+  if (a.size != nullptr && !serves(a.size_batch, a.batch)) return misfit("match_tokens", error, room);
+  if (a.prefix < 0 || a.suffix < 0 || a.prefix > INT32_MAX || a.suffix > INT32_MAX)
+    return fail(error, room, "match_tokens: prefix and suffix must not be negative");
+  if (a.r < 0 && (a.denominator < 1 || a.numerator < 0 || a.numerator > a.denominator || a.denominator > 1000000))
+    return fail(error, room, "match_tokens: give r >= 0 or a ratio between 0 and 1");
+  if (a.batch == 0 || a.count == 0) return 0;
+  return kernels().match(a, *runner, error, room);
+}
+
+int elision_mean(const elision_mean_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_mean_args& a = *args;
+  if (!known(a.dtype)) return fail(error, room, "mean_heads: k is neither float32, float16 nor bfloat16");
+  if (!fits({a.batch, a.heads, a.length}) || a.heads < 1) return misfit("mean_heads", error, room);
+  if (a.batch == 0 || a.length == 0) return 0;
+  return kernels().mean(a, *runner, error, room);
+}
+
+int elision_merge(const elision_merge_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_merge_args& a = *args;
+  const elision_layout& l = a.layout;
+  if (!known(a.dtype)) return fail(error, room, "merge_tokens: x is neither float32, float16 nor bfloat16");
+  if (!fits({l.pre, a.batch, l.mid, a.count, l.width}) || !fits({l.pre, a.batch, l.mid, a.left, l.width}) ||
+      !fits({a.batch, a.gone}) || a.count > INT32_MAX || a.left > a.count || a.gone > a.count)
+    return misfit("merge_tokens", error, room);
+  if (!serves(a.x_batch, a.batch) || !serves(a.map_batch, a.batch) || (a.size != nullptr && !serves(a.size_batch, a.batch)))
+    return misfit("merge_tokens", error, room);
+  if (a.batch == 0) return 0;
+  return kernels().merge(a, *runner, error, room);
+}
+
+int elision_restore(const elision_restore_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_restore_args& a = *args;
+  const elision_layout& l = a.layout;
+  if (a.itemsize != 1 && a.itemsize != 2 && a.itemsize != 4 && a.itemsize != 8)
+    return fail(error, room, "restore_tokens: elements of %d bytes are not known", static_cast<int>(a.itemsize));
+  if (!fits({l.pre, a.batch, l.mid, a.count, l.width}) || !fits({l.pre, a.batch, l.mid, a.left, l.width}) ||
+      !serves(a.y_batch, a.batch) || !serves(a.map_batch, a.batch))
+    return misfit("restore_tokens", error, room);
+  if (a.batch == 0 || a.count == 0) return 0;
+  return kernels().restore(a, *runner, error, room);
+}
+
+int elision_attention(const elision_attention_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_attention_args& a = *args;
+  if (!known(a.dtype)) return fail(error, room, "attention: q is neither float32, float16 nor bfloat16");
+  if (a.mask != nullptr && !known(a.mask_dtype) && a.mask_dtype != ELISION_BOOL)
+    return fail(error, room, "attention: the mask is neither bool nor a float type");
+  if (!fits({a.batch, a.heads, a.queries, a.width}) || !fits({a.batch, a.heads, a.keys, a.value_width}) ||
+      !fits({a.batch, a.heads, a.keys, a.width}) || !fits({a.batch, a.heads, a.queries, a.value_width}))
+    return misfit("attention", error, room);
+  if (a.heads > 0 && (a.kv_heads < 1 || a.heads % a.kv_heads != 0))
+    return fail(error, room, "attention: %lld heads of keys do not divide %lld heads", static_cast<long long>(a.kv_heads),
+                static_cast<long long>(a.heads));
+  if (a.size != nullptr && (a.batch_per_size < 1 || !serves(a.size_batch, a.batch / a.batch_per_size)))
+    return misfit("attention", error, room);
+  if (a.batch == 0 || a.heads == 0 || a.queries == 0 || a.value_width == 0) return 0;
+  return kernels().attention(a, *runner, error, room);
+}
+
+const char* elision_variant(void) { return kernels().name; }
+
+const char* elision_variants(void) {
+  static const std::string all = [] {
+    const Kernels* found[3];
+    const int count = usable(found);
+    std::string text;
+    for (int i = 0; i < count; ++i) text += (i ? " " : "") + std::string(found[i]->name);
+    return text;
+  }();
+  return all.c_str();
+}
+
+// The simplest fraction within half a float32's distance: what was written as 0.3 comes back as 3/10.
+void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* denominator) {
+  const double wanted = share, slack = fabs(nextafterf(share, 2.0f) - share) * 0.5;
+  for (int64_t d = 1; d <= most; ++d) {
+    const double n = nearbyint(wanted * static_cast<double>(d));
+    if (fabs(n / static_cast<double>(d) - wanted) <= slack) {
+      *numerator = static_cast<int64_t>(n);
+      *denominator = d;
+      return;
+    }
+  }
+  *numerator = static_cast<int64_t>(nearbyint(wanted * static_cast<double>(most)));
+  *denominator = most;
+}
+
+int elision_abi(void) { return 1; }
+}

@@ -1,0 +1,98 @@
+// Our own threads, for hosts that lend none (torch by way of ctypes).
+//
+// One pool serves the process. A caller that finds it busy does its tasks by itself, so that callers never wait for
+// each other; results do not depend on who does a task.
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "common.h"
+
+namespace elision {
+namespace {
+
+class Pool {
+ public:
+  void run(int threads, elision_task task, void* data, size_t count) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    const size_t helpers = count > 1 && threads > 1 && turn.owns_lock() ? std::min<size_t>(threads - 1, count - 1) : 0;
+    if (helpers == 0) {
+      for (size_t i = 0; i < count; ++i) task(data, i);
+      return;
+    }
+    grow(helpers);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = task, data_ = data, count_ = count;
+      next_ = 0;
+      wanted_ = helpers, busy_ = 0;
+      ++round_;
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;  // who has not begun by now is not needed
+    done_.wait(lock, [&] { return busy_ == 0; });
+  }
+
+ private:
+  void work() {
+    for (size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) task_(data_, i);
+  }
+
+  void grow(size_t helpers) {
+    while (started_ < helpers) {
+      std::thread([this] { serve(); }).detach();  // they sleep until the process ends
+      ++started_;
+    }
+  }
+
+  void serve() {
+    size_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return round_ != seen; });
+      seen = round_;
+      if (wanted_ == 0) continue;
+      --wanted_, ++busy_;
+      lock.unlock();
+      work();
+      lock.lock();
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable wake_, done_;
+  elision_task task_ = nullptr;
+  void* data_ = nullptr;
+  size_t count_ = 0, round_ = 0, wanted_ = 0, busy_ = 0, started_ = 0;
+  std::atomic<size_t> next_{0};
+};
+
+// A forked child has none of its parent's threads: it gets a pool of its own. Pools are never destroyed, their threads
+// may outlive main.
+Pool& pool() {
+  static std::mutex guard;
+  static Pool* current = nullptr;
+  static pid_t owner = -1;
+  std::lock_guard<std::mutex> lock(guard);
+  if (owner != getpid()) current = new Pool, owner = getpid();
+  return *current;
+}
+
+void run_own(void* self, elision_task task, void* data, size_t count) {
+  pool().run(static_cast<int>(reinterpret_cast<intptr_t>(self)), task, data, count);
+}
+
+}  // namespace
+}  // namespace elision
+
+extern "C" void elision_own_threads(int threads, elision_runner* runner) {
+  runner->run = elision::run_own;
+  runner->self = reinterpret_cast<void*>(static_cast<intptr_t>(threads < 1 ? 1 : threads));
+}

@@ -1,0 +1,17 @@
+// The kernels of one variant. Compiled once for each, with -DELISION_VARIANT=name and the flags of its processors.
+#include "attention.h"
+#include "match_tokens.h"
+#include "merge_tokens.h"
+#include "restore_tokens.h"
+
+#define ELISION_TEXT_(x) #x
+#define ELISION_TEXT(x) ELISION_TEXT_(x)
+
+namespace elision {
+namespace ELISION_VARIANT {
+
+extern const Kernels kernels;
+const Kernels kernels = {ELISION_TEXT(ELISION_VARIANT), match, mean, merge, restore, attention};
+
+}  // namespace ELISION_VARIANT
+}  // namespace elision

@@ -1,0 +1,153 @@
+"""The shared library: where it is, whether it fits, and its structs for ctypes (csrc/elision.h has the originals)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+from typing import Any
+
+ISA = "ELISION_ISA"
+"""The environment variable that asks for a variant: avx512, avx2 or portable. Read when the library loads."""
+
+ABI = 1
+NAME = "libelision.so"
+
+FLOAT32, BOOL, FLOAT16, BFLOAT16 = 1, 9, 10, 16
+"""Element types, by ONNX's numbers."""
+
+
+class Runner(Structure):
+    _fields_ = [("run", c_void_p), ("self", c_void_p)]
+
+
+class Match(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("metric", "size", "slot", "keep", "source")),
+        *((name, c_int64) for name in ("batch", "count", "width", "size_batch", "gone")),
+        *((name, c_int64) for name in ("r", "numerator", "denominator", "prefix", "suffix")),
+        *((name, c_int32) for name in ("dtype", "published")),
+    ]
+
+
+class Mean(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("k", "metric")),
+        *((name, c_int64) for name in ("batch", "heads", "length")),
+        ("dtype", c_int32),
+    ]
+
+
+class Layout(Structure):
+    _fields_ = [*((name, c_int64) for name in ("pre", "mid", "width")), ("swapped", c_int32)]
+
+
+class Merge(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "y", "size", "slot", "keep", "source", "new_size")),
+        *((name, c_int64) for name in ("batch", "x_batch", "size_batch", "map_batch")),
+        *((name, c_int64) for name in ("count", "left", "gone")),
+        ("layout", Layout),
+        ("dtype", c_int32),
+    ]
+
+
+class Restore(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("y", "x", "slot")),
+        *((name, c_int64) for name in ("batch", "y_batch", "map_batch", "count", "left")),
+        ("layout", Layout),
+        ("itemsize", c_int32),
+    ]
+
+
+class Attention(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "mask", "mask_offset", "size")),
+        *((name, c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys")),
+        *((name, c_int64) for name in ("width", "value_width", "size_batch", "batch_per_size")),
+        *((name, c_int64 * 3) for name in ("q_stride", "k_stride", "v_stride", "out_stride", "mask_stride")),
+        *((name, c_float) for name in ("scale", "masked")),
+        *((name, c_int32) for name in ("causal", "dtype", "mask_dtype")),
+    ]
+
+
+_FUNCTIONS: dict[str, type[Structure]] = {
+    "elision_match": Match,
+    "elision_mean": Mean,
+    "elision_merge": Merge,
+    "elision_restore": Restore,
+    "elision_attention": Attention,
+}
+
+
+def library_path() -> Path | None:
+    """The built library, None where there is none. Its presence says nothing about whether it loads."""
+    path = Path(__file__).parent / NAME
+    return path if path.is_file() else None
+
+
+@functools.cache
+def _loaded() -> tuple[Any, str]:
+    """(the library, ""), or (None, why not)."""
+    path = library_path()
+    if path is None:
+        return None, "it was not built: there was no C++ compiler when elision was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.elision_abi.restype = c_int
+        if library.elision_abi() != ABI:
+            return None, f"{path} belongs to another version of elision; install elision again"
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded ({error})"
+    for name, struct in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype = c_int
+        function.argtypes = [POINTER(struct), POINTER(Runner), c_char_p, c_size_t]
+    library.elision_own_threads.argtypes = [c_int, POINTER(Runner)]
+    library.elision_own_threads.restype = None
+    for name in ("elision_variant", "elision_variants"):
+        getattr(library, name).restype = c_char_p
+    wish = os.environ.get(ISA, "")
+    if wish and wish != library.elision_variant().decode():
+        usable = library.elision_variants().decode()
+        return None, f"{ISA}={wish} is not one of this processor's variants ({usable})"
+    return library, ""
+
+
+def available() -> bool:
+    """Can the kernels be used here?"""
+    return _loaded()[0] is not None
+
+
+def why_not() -> str:
+    """Why they cannot, "" where they can."""
+    return _loaded()[1]
+
+
+def _need() -> Any:
+    library, reason = _loaded()
+    if library is None:
+        raise RuntimeError(f"elision's C++ kernels: {reason}")
+    return library
+
+
+def variant() -> str:
+    """The variant in use: "avx512", "avx2" or "portable". Raises RuntimeError without the library."""
+    return _need().elision_variant().decode()
+
+
+def variants() -> list[str]:
+    """The variants this processor runs, best first. Raises RuntimeError without the library."""
+    return _need().elision_variants().decode().split()
+
+
+def call(name: str, args: Structure, threads: int) -> None:
+    """Run a kernel on at most `threads` threads. Raises ValueError with the kernel's own sentence."""
+    library = _need()
+    runner, error = Runner(), ctypes.create_string_buffer(256)
+    library.elision_own_threads(threads, ctypes.byref(runner))
+    if getattr(library, name)(ctypes.byref(args), ctypes.byref(runner), error, len(error)):
+        raise ValueError(error.value.decode())
