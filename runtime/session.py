@@ -35,8 +35,9 @@ def session(
     import onnxruntime
 
     library = kernel_library()
-    if library is not None:
-        sess_options = sess_options if sess_options is not None else onnxruntime.SessionOptions()
+    if sess_options is None:
+        sess_options = onnxruntime.SessionOptions()
+    if library is not None and isinstance(sess_options, onnxruntime.SessionOptions):
         sess_options.register_custom_ops_library(str(library))
     model: str | bytes
     if isinstance(path, bytes):
