@@ -8,7 +8,6 @@ is registered, replaces by kernels.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,6 @@ from .errors import NothingMatched, PipelineError
 from .ir.graph import Graph, Op
 from .lowering import KERNEL, MLIR, ONNXRUNTIME, TARGETS, TORCH_CPU, TORCH_CUDA, Table, dialect_class
 from .options import nearest
-
-LIBRARIES = {TORCH_CPU: "cpu", TORCH_CUDA: "gpu"}
-"""The module of `elision.kernels` that has the kernels of a torch target."""
 
 HOSTS = {ONNXRUNTIME: "onnx", TORCH_CPU: "fx", TORCH_CUDA: "fx", MLIR: "fx"}
 
@@ -76,18 +72,17 @@ def default_table() -> Table:
 
 # ---- torch -------------------------------------------------------------------------------------------
 def kernels_of(target: str) -> tuple[dict[str, Any], str]:
-    """The kernels of a torch target by op, loaded; where there are none, why not."""
-    name = LIBRARIES[target]
-    try:
-        library = importlib.import_module(f"..kernels.{name}", __package__)
-    except ModuleNotFoundError as error:
-        return {}, f"no kernels for {target} here ({error.name} is not installed)"
-    if library.__file__ is None:  # a folder with sources only
-        return {}, f"no kernels for {target} here (not built)"
-    if not library.available():
-        return {}, f"no kernels for {target} here (elision doctor says why)"
-    library.load()
-    return library.KERNELS, ""
+    """The kernels of a torch target by op, registered; where there are none, why not."""
+    if target == TORCH_CUDA:
+        from ..kernels import gpu
+
+        try:
+            return gpu.load(), ""
+        except ModuleNotFoundError as error:
+            return {}, str(error)
+    from ..kernels import cpu
+
+    return (cpu.kernels(), "") if cpu.available() else ({}, cpu.why_not())
 
 
 def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
