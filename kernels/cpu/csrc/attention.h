@@ -38,15 +38,18 @@ struct Attention {
     float* out;
     template <int ROWS>
     ELISION_INLINE void tile(int64_t row) {
-      for (int64_t first = 0; first < columns; first += TILE_COLUMNS) {
-        Vec acc[ROWS][2];
-        for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = set(0.0f);
-        dot_tile<ROWS>(q + row * width, width, panel + first * width, TILE_COLUMNS, width, acc);
-        for (int i = 0; i < ROWS; ++i) {
-          store(out + (row + i) * stride + first, acc[i][0]);
-          store(out + (row + i) * stride + first + W, acc[i][1]);
-        }
-      }
+      int64_t first = 0;
+      for (; first + W < columns; first += TILE_COLUMNS) strip<ROWS, 2>(row, first);
+      if (first < columns) strip<ROWS, 1>(row, first);
+    }
+    template <int ROWS, int COLUMNS>
+    ELISION_INLINE void strip(int64_t row, int64_t first) {
+      Vec acc[ROWS][COLUMNS];
+      for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLUMNS; ++j) acc[i][j] = set(0.0f);
+      dot_tile(q + row * width, width, panel + first * width, TILE_COLUMNS, width, acc);
+      for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLUMNS; ++j) store(out + (row + i) * stride + first + j * W, acc[i][j]);
     }
   };
 
@@ -63,7 +66,7 @@ struct Attention {
           acc[i][0] = load(out + (row + i) * columns + first);
           acc[i][1] = load(out + (row + i) * columns + first + W);
         }
-        dot_tile<ROWS>(weights + row * stride, stride, v + first, columns, keys, acc);
+        dot_tile(weights + row * stride, stride, v + first, columns, keys, acc);
         for (int i = 0; i < ROWS; ++i) {
           store(out + (row + i) * columns + first, acc[i][0]);
           store(out + (row + i) * columns + first + W, acc[i][1]);
@@ -181,7 +184,7 @@ struct Attention {
           if (floats_of != rows + i * width)
             memcpy(rows + i * width, floats_of, sizeof(float) * static_cast<size_t>(width));
         }
-        Scores product{rows, panel, width, padded_columns(here), stride, scores};
+        Scores product{rows, panel, width, here, stride, scores};
         for_row_tiles(n, product);
         for (int64_t i = 0; i < n; ++i) {
           const int64_t query = first_query + first + i;

@@ -7,18 +7,19 @@ namespace ELISION_VARIANT {
 
 constexpr int TILE_COLUMNS = 2 * W;
 
-// acc[i] += sum over k of a[i * a_stride + k] * b[k * b_stride + column], k ascending: the result of a row and a
-// column is the same to the bit whichever tile it stands in, so that equal tokens score equally.
-template <int ROWS>
+// acc[i] += sum over k of a[i * a_stride + k] * b[k * b_stride + column] for COLUMNS vectors of columns, k ascending:
+// the result of a row and a column is the same to the bit whichever tile it stands in, so that equal tokens score
+// equally.
+template <int ROWS, int COLUMNS>
 ELISION_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                             Vec (&acc)[ROWS][2]) {
+                             Vec (&acc)[ROWS][COLUMNS]) {
   for (int64_t k = 0; k < depth; ++k) {
-    const Vec b0 = load(b + k * b_stride), b1 = load(b + k * b_stride + W);
+    Vec column[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) column[j] = load(b + k * b_stride + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       const Vec x = set(a[i * a_stride + k]);
-      acc[i][0] = fma(x, b0, acc[i][0]);
-      acc[i][1] = fma(x, b1, acc[i][1]);
+      for (int j = 0; j < COLUMNS; ++j) acc[i][j] = fma(x, column[j], acc[i][j]);
     }
   }
 }

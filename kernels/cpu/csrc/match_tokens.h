@@ -99,27 +99,9 @@ struct Match {
         top[i] = set(UNLIKE);
         where[i] = ints(0, 0);
       }
-      for (int64_t first = 0; first < columns; first += TILE_COLUMNS) {
-        Vec acc[ROWS][2];
-        for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = set(0.0f);
-        dot_tile<ROWS>(a + row * width, width, panel + first * width, TILE_COLUMNS, width, acc);
-        const int64_t here = smaller<int64_t>(TILE_COLUMNS, columns - first);
-        for (int half = 0; half < 2; ++half) {
-          const int64_t base = first + half * W, valid = here - half * W;
-          if (valid <= 0) break;
-          const Ints at = ints(static_cast<int32_t>(base), 1);
-          for (int i = 0; i < ROWS; ++i) {
-            Vec score = acc[i][half];
-            if (valid < W) {  // columns that are no tokens must not win
-              float part[W];
-              store(part, score);
-              for (int64_t j = valid; j < W; ++j) part[j] = UNLIKE;
-              score = load(part);
-            }
-            keep_larger(score, at, top[i], where[i]);
-          }
-        }
-      }
+      int64_t first = 0;
+      for (; first + W < columns; first += TILE_COLUMNS) strip<ROWS, 2>(row, first, top, where);
+      if (first < columns) strip<ROWS, 1>(row, first, top, where);
       for (int i = 0; i < ROWS; ++i) {
         float scores[W];
         int32_t places[W];
@@ -130,6 +112,27 @@ struct Match {
           if (scores[j] > scores[chosen] || (scores[j] == scores[chosen] && places[j] < places[chosen])) chosen = j;
         best[row + i] = scores[chosen];
         partner[row + i] = places[chosen];
+      }
+    }
+    template <int ROWS, int COLUMNS>
+    ELISION_INLINE void strip(int64_t row, int64_t first, Vec (&top)[ROWS], Ints (&where)[ROWS]) {
+      Vec acc[ROWS][COLUMNS];
+      for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLUMNS; ++j) acc[i][j] = set(0.0f);
+      dot_tile(a + row * width, width, panel + first * width, TILE_COLUMNS, width, acc);
+      for (int j = 0; j < COLUMNS; ++j) {
+        const int64_t base = first + j * W, valid = columns - base;
+        const Ints at = ints(static_cast<int32_t>(base), 1);
+        for (int i = 0; i < ROWS; ++i) {
+          Vec score = acc[i][j];
+          if (valid < W) {  // columns that are no tokens must not win
+            float part[W];
+            store(part, score);
+            for (int64_t c = valid; c < W; ++c) part[c] = UNLIKE;
+            score = load(part);
+          }
+          keep_larger(score, at, top[i], where[i]);
+        }
       }
     }
   };
