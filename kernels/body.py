@@ -21,12 +21,16 @@ class Body:
         self.nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
+        self.domains = {""}  # of the operators in use
 
     # ---- nodes ---------------------------------------------------------------------------------------
-    def many(self, kind: str, inputs: Sequence[str], outputs: int, **attrs: Any) -> list[str]:
-        """A node with several outputs."""
+    def many(
+        self, kind: str, inputs: Sequence[str], outputs: int, *, domain: str = "", **attrs: Any
+    ) -> list[str]:
+        """A node with several outputs; an input "" is absent."""
+        self.domains.add(domain)
         names = [self._fresh(kind) for _ in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, **attrs))
+        self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **attrs))
         return names
 
     def __call__(self, kind: str, *inputs: str, **attrs: Any) -> str:
@@ -98,7 +102,7 @@ class Body:
             list(inputs),
             list(outputs),
             nodes,
-            [helper.make_opsetid("", self.opset)],
+            [helper.make_opsetid(d, 1 if d else self.opset) for d in sorted(self.domains)],
             attribute_protos=protos,
         )
         function.overload = overload

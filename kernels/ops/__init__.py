@@ -9,6 +9,7 @@ from ..definition import OpDef
 from . import (
     attention,
     gathers,
+    joined_attention,
     match_grid_tokens,
     match_padded_tokens,
     match_tokens,
@@ -34,6 +35,7 @@ _ALL = (
     ranges.SLICE,
     pool_tokens.OP,
     attention.OP,
+    joined_attention.OP,
 )
 
 OPS: dict[str, OpDef] = {op.name: op for op in _ALL}

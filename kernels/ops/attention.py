@@ -72,13 +72,18 @@ def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     """Products and a softmax: what ONNX Runtime runs as fast as its own Attention, in every operator set.
 
     log(size) rides along as one more channel of q (1) and k (log(size)), cheaper than adding it to the logits."""
-    (rank, dtype), mask, size = operands[0], operands[3], operands[4]
+    return [write_attention(b, ["q", "k", "v"], operands, attrs)]
+
+
+def write_attention(b: Body, names: list[str], operands: list[Any], attrs: dict[str, Any]) -> str:
+    """The body over the values `names` (q, k, v) and the function's own mask and size."""
+    (q, k, v), (rank, dtype), mask, size = names, operands[0], operands[3], operands[4]
     if attrs["scale"]:
         scale = b.constant(attrs["scale"], dtype)
     else:
-        width = b.cast(b.squeeze(b.length("q", rank - 1), 0), FLOAT)
+        width = b.cast(b.squeeze(b.length(q, rank - 1), 0), FLOAT)
         scale = b.cast(b("Reciprocal", b("Sqrt", width)), dtype)
-    q, k = b("Mul", "q", scale), "k"
+    q = b("Mul", q, scale)
     if size is not None:
         end = [0] * (2 * rank - 1) + [1]
         q = b("Pad", q, b.constant(end), b.constant(1.0, dtype))
@@ -93,13 +98,13 @@ def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
         elif mask[1] != dtype:
             bias = b.cast("mask", dtype)
     if attrs["causal"]:
-        ones = b("Expand", b.constant(1.0, FLOAT), b.join(b.length("q", rank - 2), b.length("k", rank - 2)))
+        ones = b("Expand", b.constant(1.0, FLOAT), b.join(b.length(q, rank - 2), b.length(k, rank - 2)))
         past = b.cast(b("Trilu", ones, upper=0), BOOL)
         future = b("Where", past, b.constant(0.0, dtype), b.constant(2 * NEVER, dtype))
         bias = future if bias is None else b("Add", bias, future)
     if bias is not None:
         logits = b("Add", logits, bias)
-    return [_product(b, b("Softmax", logits, axis=-1), "v", rank, turned=False)]
+    return _product(b, b("Softmax", logits, axis=-1), v, rank, turned=False)
 
 
 def _size_bias(b: Body) -> str:

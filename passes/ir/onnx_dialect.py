@@ -76,6 +76,8 @@ def add_function(model: ir.Model, proto: onnx.FunctionProto) -> None:
     if key not in model.functions:
         function = ir.from_proto(proto)
         model.functions[key] = function
+    for opset in proto.opset_import:
+        model.opset_imports.setdefault(opset.domain, opset.version)
     model.opset_imports.setdefault(DOMAIN, 1)
     model.ir_version = max(model.ir_version or 10, 10)  # the first with overloads and metadata
 

@@ -281,5 +281,23 @@ def _attention() -> list[Case]:
     ]
 
 
-CASES = [*_matching(), *_maps(), *_attention()]
+def _joined() -> list[Case]:
+    """The cases of attention whose operands have four axes, with the heads joined."""
+    found = []
+    for case in _attention():
+        heads, shared = case.make()[0].shape[1], case.make()[1].shape[1]  # type: ignore[union-attr]
+        if case.make()[0].dim() != 4:  # type: ignore[union-attr]
+            continue
+
+        def make(case: Case = case) -> list[Tensor | None]:
+            q, k, v, *rest = case.make()
+            return [*(x.transpose(1, 2).flatten(2) for x in (q, k, v) if x is not None), *rest]
+
+        found.append(
+            Case("joined_attention", case.label, make, {**case.attrs, "heads": heads, "kv_heads": shared})
+        )
+    return found
+
+
+CASES = [*_matching(), *_maps(), *_attention(), *_joined()]
 assert {case.op for case in CASES} == set(OPS)

@@ -34,7 +34,7 @@ struct Tensor {
 };
 
 struct Attributes {
-  int64_t r = -1, prefix = 0, suffix = 0, axis = 0, batch_axis = 0, causal = 0;
+  int64_t r = -1, prefix = 0, suffix = 0, axis = 0, batch_axis = 0, causal = 0, heads = 0, kv_heads = 0;
   float ratio = -1.0f, scale = 0.0f;
   bool published = true;
 };
@@ -232,9 +232,18 @@ void attention(const Kernel& kernel, OrtKernelContext* context) {
   Tensor q = kernel.input(context, 0), k = kernel.input(context, 1), v = kernel.input(context, 2);
   Tensor mask = kernel.input(context, 3);
   const Tensor size = kernel.input(context, 4, 2), shape_of = q;
+  const int64_t joined = kernel.attributes.heads;
+  if (joined != 0) {  // [b, n, h * d], seen as [b, h, n, d] with strides
+    for (Tensor* t : {&q, &k, &v}) {
+      const int64_t heads = t == &q ? joined : kernel.attributes.kv_heads;
+      if (t->rank != 3 || heads < 1 || t->dims[2] % heads != 0)
+        stop("joined_attention: the operands are not [b, n, heads * d]");
+      t->rank = 4, t->dims[3] = t->dims[2] / heads, t->dims[2] = t->dims[1], t->dims[1] = heads;
+    }
+  }
   if (q.rank < 3 || k.rank != q.rank || v.rank != q.rank)
     stop("attention: q, k and v have three axes or more, all the same number");
-  if (q.rank == 3 && k.dims[0] == q.dims[0]) {  // axis 0 is a batch of single heads
+  if (joined == 0 && q.rank == 3 && k.dims[0] == q.dims[0]) {  // axis 0 is a batch of single heads
     for (Tensor* t : {&q, &k, &v, &mask}) {
       if (t->absent() || t->rank != 3) continue;
       memmove(t->dims + 2, t->dims + 1, 2 * sizeof t->dims[0]);
@@ -254,8 +263,10 @@ void attention(const Kernel& kernel, OrtKernelContext* context) {
   args.width = q.dims[rank - 1], args.value_width = v.dims[rank - 1];
   if (k.dims[rank - 1] != args.width || v.dims[rank - 2] != args.keys || v.dims[rank - 3] != args.kv_heads)
     stop("attention: the lengths of q, k and v do not fit together");
-  const auto strides = [](int64_t* out, int64_t heads, int64_t tokens, int64_t width) {
-    out[2] = width, out[1] = tokens * width, out[0] = heads * out[1];
+  const auto strides = [&](int64_t* out, int64_t heads, int64_t tokens, int64_t width) {
+    out[0] = heads * tokens * width;
+    out[1] = joined ? width : tokens * width;
+    out[2] = joined ? heads * width : width;
   };
   strides(args.q_stride, args.heads, args.queries, args.width);
   strides(args.k_stride, args.kv_heads, args.keys, args.width);
@@ -297,7 +308,7 @@ void attention(const Kernel& kernel, OrtKernelContext* context) {
   args.masked = MASKED, args.causal = kernel.attributes.causal != 0;
   int64_t dims[MOST_RANK];
   memcpy(dims, shape_of.dims, sizeof dims);
-  dims[shape_of.rank - 1] = args.value_width;
+  dims[shape_of.rank - 1] = joined ? args.heads * args.value_width : args.value_width;
   args.out = kernel.output(context, 0, dims, shape_of.rank);
   call(elision_attention, args, kernel, context);
 }
@@ -316,6 +327,7 @@ OrtStatus* create(const OrtCustomOp* op, const void* api, const OrtKernelInfo* i
     if (status != nullptr) table.release(status);
   };
   number("r", &a.r), number("ratio", &a.ratio), number("prefix", &a.prefix), number("suffix", &a.suffix);
+  number("heads", &a.heads), number("kv_heads", &a.kv_heads);
   number("axis", &a.axis), number("batch_axis", &a.batch_axis), number("causal", &a.causal), number("scale", &a.scale);
   char order[16] = "";
   size_t size = sizeof order;
@@ -379,6 +391,8 @@ const std::vector<Op>& ops() {
       made.push_back(make("merge_tokens", t, {t, f, i, i, i}, {t, f}, {false, true, false, false, false}, merge));
       made.push_back(make("restore_tokens", t, {t, i}, {t}, {false, false}, restore));
       made.push_back(make("attention", t, {t, t, t, ORT_ANY_TYPE, f}, {t}, {false, false, false, true, true}, attention));
+      made.push_back(
+          make("joined_attention", t, {t, t, t, ORT_ANY_TYPE, f}, {t}, {false, false, false, true, true}, attention));
     }
     return made;
   }();
