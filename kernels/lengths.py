@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -14,6 +16,8 @@ Dim = Any
 """int, torch.SymInt or sympy.Expr."""
 
 Shape = tuple[Dim, ...]
+
+MOST_DENOMINATOR = 10_000
 
 
 def least(a: Dim, b: Dim) -> Dim:
@@ -38,8 +42,26 @@ def plain(a: Dim) -> Dim:
 
 
 def fraction(ratio: float) -> Fraction:
-    """The fraction a user means by `ratio`: 0.3 is 3/10, not the binary number next to it."""
-    return Fraction(ratio).limit_denominator(10_000)
+    """The fraction a user means by `ratio`: 0.3 is 3/10, not the binary number next to it.
+
+    An attribute in an ONNX file keeps a float32. Of what rounds to the same one it is a decimal of four digits, else
+    the simplest fraction; else the closest with a denominator up to MOST_DENOMINATOR. So does csrc/interface.cc."""
+    single = np.float32(ratio)
+    exact, beyond = Fraction(float(single)), Fraction(float(np.nextafter(single, np.float32(2))))
+    slack = (beyond - exact) / 2
+    decimal = Fraction(round(exact * MOST_DENOMINATOR), MOST_DENOMINATOR)
+    if abs(decimal - exact) <= slack:
+        return decimal
+    found = _simplest(exact - slack, exact + slack)
+    return found if found.denominator <= MOST_DENOMINATOR else exact.limit_denominator(MOST_DENOMINATOR)
+
+
+def _simplest(low: Fraction, high: Fraction) -> Fraction:
+    """The fraction with the smallest denominator in [low, high]."""
+    whole = math.ceil(low)
+    if whole <= high:
+        return Fraction(whole)
+    return whole - 1 + 1 / _simplest(1 / (high - whole + 1), 1 / (low - whole + 1))
 
 
 def wanted(length: Dim, r: int, ratio: float) -> Dim:

@@ -14,6 +14,7 @@ from ..kernel import NAMESPACES, TORCH_CPU, Dtypes, Kernel, Shapes, add_fake_and
 from ..layout import check_axes
 from ..lengths import fraction, removable
 from ..ops import OPS
+from ..ops.match_tokens import check_order
 from . import library
 from .library import call
 
@@ -42,6 +43,12 @@ def _size(size: Tensor | None) -> Tensor | None:
     return None if size is None else size.to(torch.float32).contiguous()
 
 
+def _fits(op: str, size: Tensor | None, count: int) -> None:
+    """The library reads `count` sizes a row; that it cannot check."""
+    if size is not None and (size.dim() != 2 or size.shape[1] != count):
+        raise ValueError(f"{op}: size is {list(size.shape)}, not [batch, {count}]")
+
+
 def _float_type(op: str, x: Tensor) -> int:
     if x.dtype not in DTYPES or x.dtype == torch.bool:
         raise ValueError(f"{op}: the kernel takes float32, float16 and bfloat16, not {x.dtype}")
@@ -50,8 +57,10 @@ def _float_type(op: str, x: Tensor) -> int:
 
 # ---- the kernels ---------------------------------------------------------------------------------------
 def _match(op: str, metric: Tensor, size: Tensor | None, attrs: Attributes) -> tuple[Tensor, ...]:
+    check_order(op, attrs["order"])
     dtype, metric, size = _float_type(op, metric), metric.contiguous(), _size(size)
     batch, count, width = metric.shape
+    _fits(op, size, count)
     r, prefix, suffix = attrs["r"], attrs["prefix"], attrs["suffix"]
     gone = removable(count, r, attrs["ratio"], prefix + suffix)
     share = fraction(max(attrs["ratio"], 0.0))
@@ -97,8 +106,12 @@ def _layout(shape: Sequence[int], axis: int, batch_axis: int) -> library.Layout:
     return library.Layout(pre, mid, width, batch_axis > axis)
 
 
-def _joint_batch(own: int, of_map: int) -> int:
-    return 0 if not own or not of_map else max(own, of_map)
+def _joint_batch(op: str, x: Tensor, batch_axis: int, of_map: int) -> tuple[int, int]:
+    """The batch of x, and that of x and the map together."""
+    if batch_axis < 0 and of_map != 1:
+        raise ValueError(f"{op}: without a batch axis the map is one sample, not {of_map}")
+    own = x.shape[batch_axis] if batch_axis >= 0 else 1
+    return own, 0 if not own or not of_map else max(own, of_map)
 
 
 def merge_tokens(
@@ -107,13 +120,13 @@ def merge_tokens(
     check_axes("merge_tokens", x.dim(), axis, batch_axis)
     dtype, x, size = _float_type("merge_tokens", x), x.contiguous(), _size(size)
     slot, keep, source = _map(slot, keep, source)
-    own = x.shape[batch_axis] if batch_axis >= 0 else 1
     rows, count, left, gone = slot.shape[0], x.shape[axis], keep.shape[1], source.shape[1]
-    if slot.shape[1] != count or (size is not None and size.shape[1] != count):
+    own, batch = _joint_batch("merge_tokens", x, batch_axis, rows)
+    _fits("merge_tokens", size, count)
+    if slot.shape[1] != count:
         raise ValueError(f"merge_tokens: the map is for {slot.shape[1]} tokens, x has {count}")
     if keep.shape[0] != rows or source.shape[0] != rows:
         raise ValueError("merge_tokens: the tensors of the map differ in their batch")
-    batch = _joint_batch(own, rows)
     shape = list(x.shape)
     shape[axis] = left
     if batch_axis >= 0:
@@ -131,8 +144,8 @@ def merge_tokens(
 def restore_tokens(y: Tensor, slot: Tensor, *, axis: int, batch_axis: int) -> Tensor:
     check_axes("restore_tokens", y.dim(), axis, batch_axis)
     y, (slot,) = y.contiguous(), _map(slot)
-    own, rows = (y.shape[batch_axis] if batch_axis >= 0 else 1), slot.shape[0]
-    batch = _joint_batch(own, rows)
+    rows = slot.shape[0]
+    own, batch = _joint_batch("restore_tokens", y, batch_axis, rows)
     shape = list(y.shape)
     shape[axis] = slot.shape[1]
     if batch_axis >= 0:
@@ -164,9 +177,11 @@ def attention(
     )
     if reason:
         raise ValueError(f"attention: {reason}")
+    (batch, heads, queries, width), (_, shared, keys, _) = q.shape, k.shape
+    k, v = k.expand(batch, -1, -1, width), v.expand(batch, shared, keys, -1)
+    _fits("attention", size, keys)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     size = _size(size)
-    (batch, heads, queries, width), (_, shared, keys, _) = q.shape, k.shape
     # Tokens before heads, as torch's own kernel leaves it: models join the heads next, and that is then a view.
     out = empty_out(q, v.shape[-1])
     offsets, strides = None, (0, 0, 0)
@@ -182,7 +197,7 @@ def attention(
         *(1 if size is None else size.shape[0], 1),
         *(triple(*x.stride()[:3]) for x in (q, k, v, out)),
         triple(*strides),
-        *(scale or width**-0.5, float("-inf"), causal),
+        *(scale or max(width, 1) ** -0.5, float("-inf"), causal),
         *(DTYPES[q.dtype], 0 if mask is None else DTYPES[mask.dtype]),
     )
     call("elision_attention", args, torch.get_num_threads())

@@ -61,11 +61,13 @@ const Kernels& kernels() {
 
 bool known(int32_t dtype) { return dtype == ELISION_F32 || dtype == ELISION_F16 || dtype == ELISION_BF16; }
 
-// All lengths of one tensor fit the address space, with room for padding and for scratch beside it.
+// All lengths of one tensor fit the address space, with room for padding and for scratch beside it. An axis of length 0
+// counts as 1: what is made of the other axes alone must fit too.
 template <size_t N>
 bool fits(const int64_t (&lengths)[N]) {
-  int64_t total;
-  return product(&total, lengths, N) && total <= INT64_MAX / 64;
+  int64_t nonempty[N], total;
+  for (size_t i = 0; i < N; ++i) nonempty[i] = lengths[i] == 0 ? 1 : lengths[i];
+  return product(&total, nonempty, N) && total <= INT64_MAX >> 13;
 }
 
 bool serves(int64_t rows, int64_t batch) { return rows == 1 || rows == batch; }
@@ -91,6 +93,10 @@ int elision_match(const elision_match_args* args, const elision_runner* runner, 
     return fail(error, room, "match_tokens: prefix and suffix must not be negative");
   if (a.r < 0 && (a.denominator < 1 || a.numerator < 0 || a.numerator > a.denominator || a.denominator > 1000000))
     return fail(error, room, "match_tokens: give r >= 0 or a ratio between 0 and 1");
+  // Who goes and who stays is written for exactly this many.
+  const int64_t free = a.count - a.prefix - a.suffix;
+  const int64_t wish = a.r >= 0 ? a.r : a.count * a.numerator / a.denominator;
+  if (a.gone != (free < 2 ? 0 : wish < free / 2 ? wish : free / 2)) return misfit("match_tokens", error, room);
   if (a.batch == 0 || a.count == 0) return 0;
   return kernels().match(a, *runner, error, room);
 }
@@ -131,6 +137,7 @@ int elision_restore(const elision_restore_args* args, const elision_runner* runn
 int elision_attention(const elision_attention_args* args, const elision_runner* runner, char* error, size_t room) {
   const elision_attention_args& a = *args;
   if (!known(a.dtype)) return fail(error, room, "attention: q is neither float32, float16 nor bfloat16");
+  if (a.mask != nullptr && a.mask_offset == nullptr) return fail(error, room, "attention: the mask has no offsets");
   if (a.mask != nullptr && !known(a.mask_dtype) && a.mask_dtype != ELISION_BOOL)
     return fail(error, room, "attention: the mask is neither bool nor a float type");
   if (!fits({a.batch, a.heads, a.queries, a.width}) || !fits({a.batch, a.heads, a.keys, a.value_width}) ||
@@ -139,7 +146,8 @@ int elision_attention(const elision_attention_args* args, const elision_runner* 
   if (a.heads > 0 && (a.kv_heads < 1 || a.heads % a.kv_heads != 0))
     return fail(error, room, "attention: %lld heads of keys do not divide %lld heads", static_cast<long long>(a.kv_heads),
                 static_cast<long long>(a.heads));
-  if (a.size != nullptr && (a.batch_per_size < 1 || !serves(a.size_batch, a.batch / a.batch_per_size)))
+  if (a.size != nullptr && (a.batch_per_size < 1 || a.batch % a.batch_per_size != 0 ||
+                            !serves(a.size_batch, a.batch / a.batch_per_size)))
     return misfit("attention", error, room);
   if (a.batch == 0 || a.heads == 0 || a.queries == 0 || a.value_width == 0) return 0;
   return kernels().attention(a, *runner, error, room);
@@ -158,19 +166,18 @@ const char* elision_variants(void) {
   return all.c_str();
 }
 
-// The simplest fraction within half a float32's distance: what was written as 0.3 comes back as 3/10.
+// What was meant by a share that went through a float32, that is, within half the distance of two of them: a decimal,
+// n / most, as 0.3 is 3/10; else the simplest fraction, as 0.33333334 is 1/3; else the closest one.
 void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* denominator) {
-  const double wanted = share, slack = fabs(nextafterf(share, 2.0f) - share) * 0.5;
-  for (int64_t d = 1; d <= most; ++d) {
-    const double n = nearbyint(wanted * static_cast<double>(d));
-    if (fabs(n / static_cast<double>(d) - wanted) <= slack) {
-      *numerator = static_cast<int64_t>(n);
-      *denominator = d;
-      return;
-    }
+  const double wanted = share, slack = (static_cast<double>(nextafterf(share, 2.0f)) - wanted) * 0.5;
+  double closest = HUGE_VAL;
+  for (int64_t i = 0; i <= most; ++i) {
+    const int64_t d = i == 0 ? most : i;
+    const double n = nearbyint(wanted * static_cast<double>(d)), off = fabs(n / static_cast<double>(d) - wanted);
+    if (off >= closest) continue;
+    closest = off, *numerator = static_cast<int64_t>(n), *denominator = d;
+    if (off <= slack) return;
   }
-  *numerator = static_cast<int64_t>(nearbyint(wanted * static_cast<double>(most)));
-  *denominator = most;
 }
 
 int elision_abi(void) { return 1; }

@@ -2,11 +2,14 @@
 // them, and its own threads run the tasks.
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <iterator>
+#include <mutex>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "elision.h"
@@ -14,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t MOST_DENOMINATOR = 10000;  // as kernels/lengths.py: fraction
+constexpr int64_t MOST_DENOMINATOR = 10000;  // as kernels/lengths.py: MOST_DENOMINATOR
 constexpr float MASKED = -6e4f;              // as the function body of attention: finite, so that no row is without keys
 constexpr size_t MOST_RANK = 8;
 
@@ -33,9 +36,17 @@ struct Tensor {
   bool absent() const { return dtype == 0; }
 };
 
+// Lengths of a tensor without elements may be anything.
+int64_t times(int64_t a, int64_t b) {
+  int64_t result;
+  if (__builtin_mul_overflow(a, b, &result)) stop("elision: the operands' lengths do not fit together");
+  return result;
+}
+
 struct Attributes {
   int64_t r = -1, prefix = 0, suffix = 0, axis = 0, batch_axis = 0, causal = 0, heads = 0, kv_heads = 0;
   float ratio = -1.0f, scale = 0.0f;
+  int64_t numerator = 0, denominator = 0;  // of ratio; 0: it is no share
   bool published = true;
 };
 
@@ -138,11 +149,7 @@ void match(const Kernel& kernel, OrtKernelContext* context) {
     if (size.dims[1] != args.count) stop(std::string(kernel.op->name) + ": size and metric differ in tokens");
     args.size = static_cast<const float*>(size.data), args.size_batch = size.dims[0];
   }
-  args.r = at.r, args.denominator = 1;
-  if (at.r < 0) {
-    if (!(at.ratio >= 0.0f && at.ratio <= 1.0f)) stop("match_tokens: give r >= 0 or a ratio between 0 and 1");
-    elision_fraction(at.ratio, MOST_DENOMINATOR, &args.numerator, &args.denominator);
-  }
+  args.r = at.r, args.numerator = at.numerator, args.denominator = at.denominator;
   args.prefix = at.prefix, args.suffix = at.suffix, args.published = at.published;
   const int64_t wish = at.r >= 0 ? at.r : floor_share(args.count, args.numerator, args.denominator);
   const int64_t free = args.count - at.prefix - at.suffix;
@@ -159,10 +166,18 @@ void mean(const Kernel& kernel, OrtKernelContext* context) {
   const Tensor k = kernel.input(context, 0, 4);
   elision_mean_args args{};
   args.k = k.data, args.dtype = k.dtype;
-  args.batch = k.dims[0], args.heads = k.dims[1], args.length = k.dims[2] * k.dims[3];
+  args.batch = k.dims[0], args.heads = k.dims[1], args.length = times(k.dims[2], k.dims[3]);
   const int64_t dims[3] = {k.dims[0], k.dims[2], k.dims[3]};
   args.metric = kernel.output(context, 0, dims, 3);
   call(elision_mean, args, kernel, context);
+}
+
+// The batch of x and of a map together.
+int64_t joint_batch(const Kernel& kernel, int64_t own, int64_t of_map) {
+  if (kernel.attributes.batch_axis < 0 && of_map != 1)
+    stop(std::string(kernel.op->name) + ": without a batch axis the map is one sample");
+  if (own == 0 || of_map == 0) return 0;
+  return own > of_map ? own : of_map;
 }
 
 // Axes of a dense tensor around its tokens and its batch.
@@ -176,7 +191,8 @@ elision_layout layout_of(const Kernel& kernel, const Tensor& x, int64_t* batch, 
   const int64_t high = batch_axis < 0 ? axis : axis < batch_axis ? batch_axis : axis;
   for (int64_t a = 0; a < rank; ++a) {
     if (a == axis || a == batch_axis) continue;
-    (a < low ? layout.pre : a < high ? layout.mid : layout.width) *= x.dims[a];
+    int64_t& part = a < low ? layout.pre : a < high ? layout.mid : layout.width;
+    part = times(part, x.dims[a]);
   }
   layout.swapped = batch_axis > axis;
   *batch = batch_axis < 0 ? 1 : x.dims[batch_axis];
@@ -191,8 +207,7 @@ void merge(const Kernel& kernel, OrtKernelContext* context) {
   args.layout = layout_of(kernel, x, &args.x_batch, &args.count);
   args.x = x.data, args.dtype = x.dtype;
   args.map_batch = slot.dims[0];
-  args.batch = args.x_batch > args.map_batch ? args.x_batch : args.map_batch;
-  if (args.x_batch == 0 || args.map_batch == 0) args.batch = 0;
+  args.batch = joint_batch(kernel, args.x_batch, args.map_batch);
   args.left = keep.dims[1], args.gone = source.dims[1];
   const bool sized = !size.absent();
   if (slot.dims[1] != args.count || (sized && size.dims[1] != args.count) || keep.dims[0] != args.map_batch ||
@@ -211,15 +226,23 @@ void merge(const Kernel& kernel, OrtKernelContext* context) {
   call(elision_merge, args, kernel, context);
 }
 
+int32_t bytes_of(int dtype) {
+  switch (dtype) {
+    case ORT_UINT8: case ORT_INT8: case ORT_BOOL: return 1;
+    case ORT_UINT16: case ORT_INT16: case ORT_FLOAT16: case ORT_BFLOAT16: return 2;
+    case ORT_FLOAT: case ORT_INT32: case ORT_UINT32: return 4;
+    default: return 8;
+  }
+}
+
 void restore(const Kernel& kernel, OrtKernelContext* context) {
   const Tensor y = kernel.input(context, 0), slot = kernel.input(context, 1, 2);
   elision_restore_args args{};
   args.layout = layout_of(kernel, y, &args.y_batch, &args.left);
   args.y = y.data, args.slot = static_cast<const int32_t*>(slot.data);
-  args.itemsize = y.dtype == ORT_FLOAT ? 4 : 2;
+  args.itemsize = bytes_of(y.dtype);
   args.map_batch = slot.dims[0], args.count = slot.dims[1];
-  args.batch = args.y_batch > args.map_batch ? args.y_batch : args.map_batch;
-  if (args.y_batch == 0 || args.map_batch == 0) args.batch = 0;
+  args.batch = joint_batch(kernel, args.y_batch, args.map_batch);
   int64_t dims[MOST_RANK];
   memcpy(dims, y.dims, sizeof dims);
   dims[kernel.attributes.axis] = args.count;
@@ -256,7 +279,7 @@ void attention(const Kernel& kernel, OrtKernelContext* context) {
   args.batch = 1;
   for (size_t a = 0; a + 3 < rank; ++a) {
     if (k.dims[a] != q.dims[a] || v.dims[a] != q.dims[a]) stop("attention: q, k and v differ in their batch axes");
-    args.batch *= q.dims[a];
+    args.batch = times(args.batch, q.dims[a]);
   }
   args.heads = q.dims[rank - 3], args.kv_heads = k.dims[rank - 3];
   args.queries = q.dims[rank - 2], args.keys = k.dims[rank - 2];
@@ -264,9 +287,9 @@ void attention(const Kernel& kernel, OrtKernelContext* context) {
   if (k.dims[rank - 1] != args.width || v.dims[rank - 2] != args.keys || v.dims[rank - 3] != args.kv_heads)
     stop("attention: the lengths of q, k and v do not fit together");
   const auto strides = [&](int64_t* out, int64_t heads, int64_t tokens, int64_t width) {
-    out[0] = heads * tokens * width;
-    out[1] = joined ? width : tokens * width;
-    out[2] = joined ? heads * width : width;
+    out[0] = times(times(heads, tokens), width);
+    out[1] = joined ? width : times(tokens, width);
+    out[2] = joined ? times(heads, width) : width;
   };
   strides(args.q_stride, args.heads, args.queries, args.width);
   strides(args.k_stride, args.kv_heads, args.keys, args.width);
@@ -289,7 +312,7 @@ void attention(const Kernel& kernel, OrtKernelContext* context) {
       const int64_t full = a == rank - 1 ? args.keys : q.dims[a];
       if (length != 1 && length != full) stop("attention: the mask does not broadcast to the logits");
       strides_of[a] = length == 1 ? 0 : stride;
-      stride *= length;
+      stride = times(stride, length);
     }
     offsets.resize(static_cast<size_t>(args.batch));
     for (int64_t b = 0; b < args.batch; ++b) {
@@ -304,11 +327,11 @@ void attention(const Kernel& kernel, OrtKernelContext* context) {
     for (size_t a = 0; a < 3; ++a) args.mask_stride[a] = strides_of[rank - 3 + a];
   }
   const float wish = kernel.attributes.scale;
-  args.scale = wish != 0.0f ? wish : 1.0f / sqrtf(static_cast<float>(args.width));
+  args.scale = wish != 0.0f ? wish : 1.0f / sqrtf(static_cast<float>(args.width > 0 ? args.width : 1));
   args.masked = MASKED, args.causal = kernel.attributes.causal != 0;
   int64_t dims[MOST_RANK];
   memcpy(dims, shape_of.dims, sizeof dims);
-  dims[shape_of.rank - 1] = joined ? args.heads * args.value_width : args.value_width;
+  dims[shape_of.rank - 1] = joined ? times(args.heads, args.value_width) : args.value_width;
   args.out = kernel.output(context, 0, dims, shape_of.rank);
   call(elision_attention, args, kernel, context);
 }
@@ -336,6 +359,17 @@ OrtStatus* create(const OrtCustomOp* op, const void* api, const OrtKernelInfo* i
     table.release(status);
   else
     a.published = strcmp(order, "original") != 0;
+  if (made->op->compute == match) {
+    const char* wrong = nullptr;
+    if (a.r < 0 && !(a.ratio >= 0.0f && a.ratio <= 1.0f)) wrong = "match_tokens: give r >= 0 or a ratio between 0 and 1";
+    if (a.prefix < 0 || a.suffix < 0 || a.prefix > INT32_MAX || a.suffix > INT32_MAX)
+      wrong = "match_tokens: prefix and suffix must not be negative";
+    if (wrong != nullptr) {
+      delete made;
+      return table.create_status(ORT_INVALID_ARGUMENT, wrong);
+    }
+    if (a.r < 0) elision_fraction(a.ratio, MOST_DENOMINATOR, &a.numerator, &a.denominator);
+  }
   *kernel = made;
   return nullptr;
 }
@@ -389,11 +423,13 @@ const std::vector<Op>& ops() {
       made.push_back(make("match_padded_tokens", t, {t, f}, {i, i, i}, {false, false}, match));
       made.push_back(make("mean_heads", t, {t}, {t}, {false}, mean));
       made.push_back(make("merge_tokens", t, {t, f, i, i, i}, {t, f}, {false, true, false, false, false}, merge));
-      made.push_back(make("restore_tokens", t, {t, i}, {t}, {false, false}, restore));
       made.push_back(make("attention", t, {t, t, t, ORT_ANY_TYPE, f}, {t}, {false, false, false, true, true}, attention));
       made.push_back(
           make("joined_attention", t, {t, t, t, ORT_ANY_TYPE, f}, {t}, {false, false, false, true, true}, attention));
     }
+    for (const int t : {ORT_FLOAT, ORT_UINT8, ORT_INT8, ORT_UINT16, ORT_INT16, ORT_INT32, ORT_INT64, ORT_BOOL,
+                        ORT_FLOAT16, ORT_DOUBLE, ORT_UINT32, ORT_UINT64, ORT_BFLOAT16})
+      made.push_back(make("restore_tokens", t, {t, ORT_INT32}, {t}, {false, false}, restore));
     return made;
   }();
   return all;
@@ -409,10 +445,21 @@ extern "C" ELISION_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, 
     return oldest.create_status(ORT_RUNTIME_EXCEPTION, "elision's kernels need onnxruntime 1.17 or later");
   }
   const OrtTable table{static_cast<const void* const*>(api)};
+  const char* wish = getenv("ELISION_ISA");
+  if (wish != nullptr && *wish != '\0' && strcmp(wish, elision_variant()) != 0)
+    return table.create_status(ORT_INVALID_ARGUMENT, "ELISION_ISA names no variant of elision's kernels that runs here");
+  // Sessions refer to the domain as long as they live: it belongs to the library, one for all of them. A process may
+  // have two copies of onnxruntime in it.
+  static std::mutex guard;
+  static std::vector<std::pair<const OrtApiBase*, OrtCustomOpDomain*>> domains;
+  std::lock_guard<std::mutex> lock(guard);
+  for (const auto& [owner, domain] : domains)
+    if (owner == base) return table.add_domain(options, domain);
   OrtCustomOpDomain* domain = nullptr;
   OrtStatus* status = table.create_domain("elision", &domain);
   for (const Op& op : ops())
     if (status == nullptr) status = table.domain_add(domain, &op);
-  // The domain belongs to the library: sessions made from these options refer to it as long as they live.
-  return status == nullptr ? table.add_domain(options, domain) : status;
+  if (status != nullptr) return status;
+  domains.emplace_back(base, domain);
+  return table.add_domain(options, domain);
 }

@@ -84,7 +84,9 @@ struct OrtTable {
 };
 
 constexpr int ORT_INVALID_ARGUMENT = 2, ORT_RUNTIME_EXCEPTION = 6;
-constexpr int ORT_ANY_TYPE = 0, ORT_FLOAT = 1, ORT_INT32 = 6, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16;
+constexpr int ORT_ANY_TYPE = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_UINT16 = 4, ORT_INT16 = 5,
+              ORT_INT32 = 6, ORT_INT64 = 7, ORT_BOOL = 9, ORT_FLOAT16 = 10, ORT_DOUBLE = 11, ORT_UINT32 = 12,
+              ORT_UINT64 = 13, ORT_BFLOAT16 = 16;
 constexpr int ORT_REQUIRED = 0, ORT_OPTIONAL = 1;
 
 // Version 16 of the struct: it ends with the calls that return a status.

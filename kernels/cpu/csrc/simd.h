@@ -130,9 +130,9 @@ ELISION_INLINE Vec most(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 ELISION_INLINE Vec least(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 ELISION_INLINE Vec nearest(Vec x) { return {_mm512_roundscale_ps(x.v, 0)}; }
 ELISION_INLINE Vec scaled_by_power(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
-// value where x > bound, else 0.
-ELISION_INLINE Vec where_above(Vec x, Vec bound, Vec value) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_GT_OQ), value.v)};
+// value where x > bound or x is NaN, else 0.
+ELISION_INLINE Vec unless_below(Vec x, Vec bound, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_NLE_UQ), value.v)};
 }
 ELISION_INLINE Ints ints(int32_t first, int32_t step) {
   const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -214,8 +214,8 @@ ELISION_INLINE Vec scaled_by_power(Vec x, Vec n) {
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(power))};
 }
-ELISION_INLINE Vec where_above(Vec x, Vec bound, Vec value) {
-  return {_mm256_and_ps(_mm256_cmp_ps(x.v, bound.v, _CMP_GT_OQ), value.v)};
+ELISION_INLINE Vec unless_below(Vec x, Vec bound, Vec value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.v, bound.v, _CMP_NLE_UQ), value.v)};
 }
 ELISION_INLINE Ints ints(int32_t first, int32_t step) {
   const __m256i ramp = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -273,15 +273,15 @@ ELISION_INLINE Vec nearest(Vec x) {
   return sub(add(x, magic), magic);
 }
 ELISION_INLINE Vec scaled_by_power(Vec x, Vec n) {
-  Ints8 power = __builtin_convertvector(n.v, Ints8) + 127;
-  power <<= 23;
+  typedef uint32_t Bits8 __attribute__((vector_size(32)));
+  const Bits8 power = (reinterpret_cast<Bits8>(__builtin_convertvector(n.v, Ints8)) + 127u) << 23u;
   Floats8 factor;
   memcpy(&factor, &power, sizeof factor);
   return {x.v * factor};
 }
-ELISION_INLINE Vec where_above(Vec x, Vec bound, Vec value) {
+ELISION_INLINE Vec unless_below(Vec x, Vec bound, Vec value) {
   const Floats8 none = {};
-  return {x.v > bound.v ? value.v : none};
+  return {x.v <= bound.v ? none : value.v};
 }
 ELISION_INLINE Ints ints(int32_t first, int32_t step) {
   return {Ints8{0, 1, 2, 3, 4, 5, 6, 7} * step + first};
@@ -311,11 +311,11 @@ ELISION_INLINE float maximum(Vec x) {
   return part[0];
 }
 
-// e^x for x <= 88; below -87.3 it is 0. Reduction to |r| <= ln(2)/2, then the Taylor series to r^7 / 7!: the relative
+// e^x for x <= 88; below -87.3 it is 0, and a NaN stays one. Reduction to |r| <= ln(2)/2, then the Taylor series to r^7 / 7!: the relative
 // error stays below 2e-7.
 ELISION_INLINE Vec exponential(Vec x) {
   const Vec floor_ = set(-87.3f);
-  const Vec bounded = most(x, floor_);
+  const Vec bounded = most(floor_, x);  // of a NaN and a number, most() is the second operand
   const Vec n = nearest(mul(bounded, set(1.44269504088896f)));
   Vec r = fma(n, set(-0.693359375f), bounded);
   r = fma(n, set(2.12194440054690583e-4f), r);
@@ -327,7 +327,7 @@ ELISION_INLINE Vec exponential(Vec x) {
   p = fma(p, r, set(0.5f));
   p = fma(p, r, set(1.0f));
   p = fma(p, r, set(1.0f));
-  return where_above(x, floor_, scaled_by_power(p, n));
+  return unless_below(x, floor_, scaled_by_power(p, n));
 }
 
 }  // namespace ELISION_VARIANT

@@ -2,13 +2,14 @@
 //
 // One pool serves the process. A caller that finds it busy does its tasks by itself, so that callers never wait for
 // each other; results do not depend on who does a task.
-#include <unistd.h>
+#include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #include "common.h"
 
@@ -44,10 +45,11 @@ class Pool {
     for (size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) task_(data_, i);
   }
 
+  // A system that gives no more threads leaves us with those we have.
   void grow(size_t helpers) {
-    while (started_ < helpers) {
-      std::thread([this] { serve(); }).detach();  // they sleep until the process ends
-      ++started_;
+    try {
+      for (; started_ < helpers; ++started_) std::thread([this] { serve(); }).detach();  // until the process ends
+    } catch (const std::system_error&) {
     }
   }
 
@@ -74,18 +76,23 @@ class Pool {
   std::atomic<size_t> next_{0};
 };
 
-// A forked child has none of its parent's threads: it gets a pool of its own. Pools are never destroyed, their threads
-// may outlive main.
+// A forked child has none of its parent's threads, and a lock may be held by one that it lacks: it gets a pool of its
+// own. Pools are never destroyed, their threads may outlive main.
+std::atomic<Pool*> current{nullptr};
+const int hooked = pthread_atfork(nullptr, nullptr, [] { current = nullptr; });
+
 Pool& pool() {
-  static std::mutex guard;
-  static Pool* current = nullptr;
-  static pid_t owner = -1;
-  std::lock_guard<std::mutex> lock(guard);
-  if (owner != getpid()) current = new Pool, owner = getpid();
-  return *current;
+  Pool* found = current;
+  if (found == nullptr) {
+    Pool* made = new Pool;
+    if (current.compare_exchange_strong(found, made)) return *made;
+    delete made;
+  }
+  return *found;
 }
 
 void run_own(void* self, elision_task task, void* data, size_t count) {
+  static_cast<void>(hooked);
   pool().run(static_cast<int>(reinterpret_cast<intptr_t>(self)), task, data, count);
 }
 
