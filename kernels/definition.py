@@ -46,6 +46,8 @@ class OpDef:
     shapes, dtypes: output shapes and numpy dtype names, from those of the operands (None: absent).
     body: writes the ONNX function; gets a `Body`, (rank, ONNX dtype) or None per operand, and the attributes.
     work: floating-point operations from operand shapes and attributes; traffic: elements read and written.
+    custom: by operand, the element types that our library of custom ops takes. ONNX Runtime gives it every function of
+    the op's name, so one for other types has another name.
     full_precision: runs outside autocast, which must not blur which tokens are alike.
     opaque_shapes: the reference's symbolic shapes are correct but roundabout; shape propagation takes `shapes`.
     source: where the op was described first.
@@ -62,6 +64,7 @@ class OpDef:
     work: Callable[[list[Any], Attributes], Any]
     attrs: tuple[Attr, ...] = ()
     traffic: Callable[[list[Any], Attributes], Any] | None = None
+    custom: dict[int, tuple[int, ...]] = field(default_factory=dict)
     full_precision: bool = True
     opaque_shapes: bool = False
     source: str = ""
@@ -91,6 +94,10 @@ class OpDef:
                 raise ValueError(f"{self.name} needs the attribute {name!r}")
             full[name] = attrs.get(name, attr.default)
         return full
+
+    def spelled_out(self, *operands: Any, **attrs: Any) -> Any:
+        """The reference, called as the torch op is: attributes that equal their default may be left out."""
+        return self.reference(*operands, **self.complete(attrs))
 
     def _operands(self, given: Sequence[Any]) -> list[Any]:
         if len(given) > len(self.inputs):
@@ -124,12 +131,18 @@ class OpDef:
     ) -> onnx.FunctionProto:
         """The op as an ONNX function of standard operators, for operands of these (rank, ONNX dtype).
 
-        name is the op's name and `overload` tells the variants apart. Every attribute is declared with its
-        value as default; the body is written for just these values. Raises ValueError below opset 18."""
+        name is the op's name, with a suffix where an element type is none of `custom`; `overload` tells the
+        variants apart. Every attribute is declared with its value as default; the body is written for just these
+        values. Raises ValueError below opset 18."""
         if opset < OLDEST_OPSET:
             raise ValueError(f"{self.name} needs operator set {OLDEST_OPSET}, not {opset}")
         operands, attrs = self._operands(inputs), self.complete(attrs)
-        body = Body(opset, self.name)
+        others = [
+            Body.short_type(o[1])
+            for i, types in self.custom.items()
+            if (o := operands[i]) is not None and o[1] not in types
+        ]
+        body = Body(opset, "_".join([self.name, *dict.fromkeys(others)]))
         parts = ["_" if o is None else f"{o[0]}{body.short_type(o[1])}" for o in operands]
         parts += [f"{k}={_text(v)}" for k, v in attrs.items()]
         overload = ",".join([*parts, f"opset={opset}"])

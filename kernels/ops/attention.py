@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..body import BOOL, FLOAT, Body
+from ..body import BOOL, FLOAT, FLOATS, Body
 from ..definition import Attr, OpDef
 from ..lengths import Shape, numel
 
@@ -135,6 +135,7 @@ OP = OpDef(
     shapes=_shapes,
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_body,
+    custom={0: FLOATS, 3: (BOOL, *FLOATS)},
     work=_work,
     traffic=lambda shapes, attrs: sum(numel(s) for s in shapes) + numel(_shapes(shapes, attrs)[0]),
     full_precision=False,

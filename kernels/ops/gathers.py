@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from ..body import BOOL, INT32, INT64, Body
 from ..definition import Attr, OpDef
 from ..layout import body_from_rows, body_take, body_take_rows, body_to_rows, check_axes, take, with_length
 from ..lengths import Shape
+
+FIXED_SIZE = tuple(
+    int(getattr(TensorProto, name))
+    for name in (
+        *("FLOAT", "UINT8", "INT8", "UINT16", "INT16", "INT32", "INT64", "BOOL"),
+        *("FLOAT16", "DOUBLE", "UINT32", "UINT64", "BFLOAT16"),
+    )
+)
+"""Elements that a kernel copies as they are."""
 
 
 def restore_tokens(y: Tensor, slot: Tensor, *, axis: int, batch_axis: int = 0) -> Tensor:
@@ -96,6 +106,7 @@ RESTORE = OpDef(
     shapes=lambda shapes, attrs: [with_length(shapes[0], attrs["axis"], attrs["batch_axis"], shapes[1])],
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_restore_body,
+    custom={0: FIXED_SIZE},
     work=lambda shapes, attrs: 0,
     full_precision=False,
 )

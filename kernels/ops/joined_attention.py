@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..body import BOOL, FLOAT, Body
+from ..body import BOOL, FLOAT, FLOATS, Body
 from ..definition import Attr, OpDef
 from ..lengths import Shape, numel
 from .attention import NEVER, attention, write_attention
@@ -89,6 +89,7 @@ OP = OpDef(
     shapes=_shapes,
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_body,
+    custom={0: FLOATS, 3: (BOOL, *FLOATS)},
     work=_work,
     traffic=lambda shapes, attrs: sum(numel(s) for s in shapes) + numel(_shapes(shapes, attrs)[0]),
     full_precision=False,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import BOOL, FLOAT, INT32, INT64, Body
+from ..body import BOOL, FLOAT, FLOATS, INT32, INT64, Body
 from ..definition import OpDef
 from ..layout import body_take_rows, take
 from ..lengths import fraction, removable
@@ -175,6 +175,7 @@ OP = OpDef(
     shapes=_shapes,
     dtypes=lambda dtypes, attrs: ["int32"] * 3,
     body=_body,
+    custom={0: FLOATS},
     work=matching_work,
     source="Bolya et al., ICLR 2023, which has no padding",
 )

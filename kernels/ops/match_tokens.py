@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import FLOAT, INT32, Body
+from ..body import FLOAT, FLOATS, INT32, Body
 from ..definition import Attr, OpDef
 from ..lengths import Dim, Shape, fraction, removable
 
@@ -188,6 +188,7 @@ OP = OpDef(
     shapes=lambda shapes, attrs: map_shapes(shapes[0], _gone(shapes, attrs)),
     dtypes=lambda dtypes, attrs: ["int32"] * 3,
     body=_body,
+    custom={0: FLOATS},
     work=matching_work,
     traffic=_traffic,
     source="Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023",

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..body import FLOAT, Body
+from ..body import FLOAT, FLOATS, Body
 from ..definition import OpDef
 from ..lengths import Shape, numel
 
@@ -37,6 +37,7 @@ OP = OpDef(
     shapes=_shapes,
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_body,
+    custom={0: FLOATS},
     work=lambda shapes, attrs: numel(shapes[0]),
     source="Bolya et al., ICLR 2023",
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import FLOAT, INT64, Body
+from ..body import FLOAT, FLOATS, INT64, Body
 from ..definition import Attr, OpDef
 from ..layout import (
     body_from_rows,
@@ -148,6 +148,7 @@ OP = OpDef(
     shapes=_shapes,
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32", "float32"],
     body=_body,
+    custom={0: FLOATS},
     work=_work,
     traffic=_traffic,
     source="Bolya et al., ICLR 2023; the products instead of scatters are ours",

@@ -88,7 +88,15 @@ def op_and_attributes(node: ir.Node) -> tuple[str, dict[str, Any]]:
         name: attr.value for name, attr in node.attributes.items() if isinstance(attr, ir.Attr)
     }
     attrs.update(json.loads(node.metadata_props.get(ATTRIBUTES, "{}")))
-    return node.metadata_props.get(OP, node.op_type), attrs
+    return node.metadata_props.get(OP) or op_of_function(node.op_type), attrs
+
+
+def op_of_function(name: str) -> str:
+    """The op that a function of this name is for: element types may stand behind it (`OpDef.custom`)."""
+    types = {kind.lower() for kind, _ in onnx.TensorProto.DataType.items()}
+    while (shorter := name.rpartition("_"))[2] in types:
+        name = shorter[0]
+    return name
 
 
 def shapes_of(env: ShapeEnv, node: ir.Node) -> list[Shape | None] | None:
