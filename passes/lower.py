@@ -13,11 +13,11 @@ from typing import Any
 
 from .base import Outcome, Pass, PassContext, register
 from .errors import NothingMatched, PipelineError
-from .ir.graph import Graph, Op
+from .ir.graph import Graph
 from .lowering import KERNEL, MLIR, ONNXRUNTIME, TARGETS, TORCH_CPU, TORCH_CUDA, Table, dialect_class
 from .options import nearest
 
-HOSTS = {ONNXRUNTIME: "onnx", TORCH_CPU: "fx", TORCH_CUDA: "fx", MLIR: "fx"}
+HOSTS = {ONNXRUNTIME: ("onnx",), TORCH_CPU: ("fx",), TORCH_CUDA: ("fx",), MLIR: ("fx", "onnx")}
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Lower(Pass):
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Raises NothingMatched for a target that does not run this kind of graph."""
         target = self.options.target or target_of(graph)
-        if HOSTS[target] != graph.host:
+        if graph.host not in HOSTS[target]:
             host = "torch" if graph.host == "fx" else "ONNX"
-            runs = [name for name, wants in HOSTS.items() if wants == graph.host]
+            runs = [name for name, hosts in HOSTS.items() if graph.host in hosts]
             raise NothingMatched(f"lower: {target} runs no {host} graphs (those are for {', '.join(runs)})")
         table = context.table or default_table()
         if target == ONNXRUNTIME:
@@ -124,21 +124,15 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
 
 
 def take_apart(graph: Graph) -> Outcome:
-    """Every op of the dialect, kernels too, as the ATen of its definition."""
-    outcome = Outcome()
-    ops = graph.ops_of("elision")
-    for op in ops:
-        count(outcome, f"{dialect_name(op)} as ATen")
-    if not ops:
-        outcome.notes.append("nothing to lower: the graph has no op of the dialect")
-        return outcome
-    graph.take_apart(ops)  # type: ignore[attr-defined]
-    outcome.changed = True
-    return outcome
-
-
-def dialect_name(op: Op) -> str:
-    return op.target.rpartition(".")[2]
+    """Every op of the dialect, kernels too, as the operators of its definition that torch-mlir takes."""
+    if graph.host == "onnx":
+        from .onnx.mlir import decompose
+    else:
+        from .ir.fx_mlir import decompose
+    counts = decompose(graph)  # type: ignore[arg-type]
+    if not counts:
+        return Outcome(notes=["nothing to lower: the graph has no op that torch-mlir does not take"])
+    return Outcome(changed=True, statistics={f"{name} taken apart": times for name, times in counts.items()})
 
 
 def count(outcome: Outcome, what: str) -> None:

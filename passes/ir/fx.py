@@ -338,7 +338,7 @@ class FxGraph(FxView):
         from ...kernels import OPS
 
         for op in ops:
-            body = OPS[op.target.rpartition(".")[2]].reference
+            body = OPS[op.target.rpartition(".")[2]].spelled_out
             fx_rewrite.take_apart(self.module, op.raw, self._mode, body)
         fx_prepare.hoist_constants(self.module)
         fx_prepare.fill_meta(self.module)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import fx_call, fx_ops
-from .fx_nodes import evaluate, fake_mode_of, same_length
+from .fx_nodes import evaluate, fake_mode_of, fetch, free_name, same_length
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -70,6 +70,8 @@ def take_apart(
                 result = fx.map_arg(inner.args[0], lambda n: mapped[n])
             elif inner.target is aten.detach.default:
                 mapped[inner] = mapped[inner.args[0]]
+            elif inner.op == "get_attr":
+                mapped[inner] = _constant(module, fetch(traced, str(inner.target)))
             else:
                 copied = mapped[inner] = module.graph.node_copy(inner, lambda n: mapped[n])
                 mapped[inner] = _Rewriter(module.graph, copied, mode).move()
@@ -81,6 +83,13 @@ def take_apart(
             user.replace_all_uses_with(result[user.args[1]])
             module.graph.erase_node(user)
     module.graph.erase_node(node)
+
+
+def _constant(module: fx.GraphModule, tensor: torch.Tensor) -> fx.Node:
+    """A constant that a definition holds, as a buffer of the module. Its fake value comes with `fill_meta`."""
+    name = free_name(module, "constant")
+    module.register_buffer(name, tensor, persistent=False)
+    return module.graph.create_node("get_attr", name, name=name)
 
 
 class _Rewriter:
