@@ -99,7 +99,7 @@ class Result:
         import torch
 
         check_target(file)
-        with _quietly("the result cannot be exported"):
+        with quietly("the result cannot be exported"):
             program = self.graph.to_export(*self.example)  # type: ignore[attr-defined]
         return write_atomically(file, lambda temporary: torch.export.save(program, temporary))
 
@@ -201,7 +201,7 @@ def export_onnx(
     file = check_target(path)
     args, kwargs = split_inputs(example_inputs)
     tell("exporting to ONNX")
-    with _quietly("the module cannot be exported with these example inputs"), _without_gradients(module):
+    with quietly("the module cannot be exported with these example inputs"), _without_gradients(module):
         program = torch.onnx.export(
             module, args, kwargs=kwargs or None, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
         )
@@ -271,7 +271,7 @@ def open_torch(
     example = None if example_inputs is None else split_inputs(example_inputs)
     if isinstance(target, torch.export.ExportedProgram):
         example = example or target.example_inputs
-        with _quietly("the exported program cannot be read"):
+        with quietly("the exported program cannot be read"):
             return FxGraph.from_export(target), example
     if not isinstance(target, torch.nn.Module):
         kind = type(target).__name__
@@ -279,12 +279,12 @@ def open_torch(
             f"cannot optimise a {kind}: give an nn.Module, GraphModule, ExportedProgram, path or ModelProto"
         )
     if isinstance(target, torch.fx.GraphModule) and _has_values(target):
-        with _quietly("the graph cannot be read"):
+        with quietly("the graph cannot be read"):
             return FxGraph.from_module(target), example
     if example is None:
         raise ElisionError("example_inputs are needed to trace a torch module")
     module = getattr(target, "_orig_mod", target)  # a torch.compile wrapper: the module inside
-    with _quietly("the module cannot be traced with these example inputs"):
+    with quietly("the module cannot be traced with these example inputs"):
         return FxGraph.trace(module, example[0], example[1] or None, dynamic_shapes), example
 
 
@@ -366,7 +366,7 @@ def _without_gradients(module: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quietly(what: str) -> Iterator[None]:
+def quietly(what: str) -> Iterator[None]:
     """Exporters warn and log a lot; what stops them is told in one line."""
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]

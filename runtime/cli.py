@@ -1,4 +1,4 @@
-"""The command line: explain, optimize, diff, bench, passes, reproduce, doctor."""
+"""The command line: explain, optimize, diff, bench, passes, reproduce, doctor, export-mlir."""
 
 from __future__ import annotations
 
@@ -248,6 +248,34 @@ def doctor(json: Json = False) -> None:
         show_findings(out(), findings)
     if not healthy(findings):
         raise typer.Exit(BAD_INPUT)
+
+
+@app.command("export-mlir")
+def write_mlir(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.mlir", help="The file to write.")],
+    passes: Pipeline = "",
+    dialect: Annotated[
+        str, typer.Option(help="linalg-on-tensors, torch, stablehlo or tosa.")
+    ] = "linalg-on-tensors",
+    inputs: Inputs = None,
+    batch: Annotated[int, typer.Option(min=1, max=65536, help="Length of a symbolic first axis.")] = 1,
+    force: Force = False,
+    verify: Annotated[bool, typer.Option(help="Check structure, shapes and numerics after a pass.")] = True,
+    json: Json = False,
+) -> None:
+    """Run passes over a model and write it as MLIR, through torch-mlir (pip install 'elision[mlir]')."""
+    from .commands import result_json, show_report
+    from .mlir import export_mlir
+
+    example = read_arrays(inputs)
+    options: dict[str, Any] = {"dialect": dialect, "batch": batch, "force": force, "verify": verify}
+    with working("reading", silent=json) as tell:
+        result = export_mlir(model, example, output, passes, **options, notify=tell)
+    if json:
+        print_json(result_json(result, output) | {"dialect": dialect, "bytes": output.stat().st_size})
+    else:
+        show_report(out(), result, output)
 
 
 def main(arguments: list[str] | None = None) -> Any:
