@@ -87,7 +87,7 @@ def write_attention(b: Body, names: list[str], operands: list[Any], attrs: dict[
     if size is not None:
         end = [0] * (2 * rank - 1) + [1]
         q = b("Pad", q, b.constant(end), b.constant(1.0, dtype))
-        bias = b.unsqueeze(b.cast(_size_bias(b), dtype), *range(1, rank - 2), rank - 1)
+        bias = b.unsqueeze(b.cast(size_logarithm(b), dtype), *range(1, rank - 2), rank - 1)
         k = b("Concat", k, b("Expand", bias, b.join(b("Shape", k, end=rank - 1), 1)), axis=rank - 1)
     logits = _product(b, q, k, rank, turned=True)
     bias = None
@@ -107,7 +107,8 @@ def write_attention(b: Body, names: list[str], operands: list[Any], attrs: dict[
     return _product(b, b("Softmax", logits, axis=-1), v, rank, turned=False)
 
 
-def _size_bias(b: Body) -> str:
+def size_logarithm(b: Body) -> str:
+    """log(size) [b or 1, m] float32, NEVER where it is 0."""
     log = b("Log", b("Max", "size", b.constant(1e-30, FLOAT)))
     return b("Where", b("Greater", "size", b.constant(0.0, FLOAT)), log, b.constant(NEVER, FLOAT))
 

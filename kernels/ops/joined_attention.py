@@ -9,7 +9,7 @@ from torch import Tensor
 from ..body import BOOL, FLOAT, FLOATS, Body
 from ..definition import Attr, OpDef
 from ..lengths import Shape, numel
-from .attention import NEVER, attention, write_attention
+from .attention import attention, size_logarithm, write_attention
 
 
 def joined_attention(
@@ -47,36 +47,35 @@ def _work(shapes: list[Any], attrs: dict[str, Any]) -> Any:
 
 
 def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
-    """ONNX Runtime's own operator for this layout where it takes the case, otherwise split heads."""
+    """ONNX Runtime's own operator for this layout where it takes the case, otherwise split heads.
+
+    Not with a mask: version 1.20 of that operator is wrong where a bias has a batch and no heads, and spread over the
+    heads it is no faster than products and a softmax. log(size) needs none, as one more channel of q and k."""
     dtype, mask, size = operands[0][1], operands[3], operands[4]
-    heads, shared = attrs["heads"], attrs["kv_heads"]
-    if dtype != FLOAT or heads != shared or attrs["causal"] or (mask is not None and mask[0] != 4):
+    heads, shared, scale = attrs["heads"], attrs["kv_heads"], attrs["scale"]
+    if (
+        dtype != FLOAT
+        or heads != shared
+        or attrs["causal"]
+        or mask is not None
+        or (size is not None and not scale)
+    ):
         names = [
             b.permute(b.reshape(x, 0, 0, count, -1), [0, 2, 1, 3])
             for x, count in zip("qkv", (heads, shared, shared))
         ]
-        signature = [(4, o[1]) if i < 3 else o for i, o in enumerate(operands)]
+        signature = [(4, o[1]) if o is not None and i < 3 else o for i, o in enumerate(operands)]
         out = write_attention(b, names, signature, attrs)
         return [b.reshape(b.permute(out, [0, 2, 1, 3]), 0, 0, -1)]
-    queries, keys = b.length("q", 1), b.length("k", 1)
-    bias = None
+    q, k = "q", "k"
     if size is not None:
-        log = b("Log", b("Max", "size", b.constant(1e-30, FLOAT)))
-        log = b("Where", b("Greater", "size", b.constant(0.0, FLOAT)), log, b.constant(NEVER, FLOAT))
-        bias = b.unsqueeze(log, 1, 2)
-    if mask is not None:
-        added = "mask"
-        if mask[1] == BOOL:
-            added = b("Where", "mask", b.constant(0.0, FLOAT), b.constant(2 * NEVER, FLOAT))
-        elif mask[1] != FLOAT:
-            added = b.cast("mask", FLOAT)
-        bias = added if bias is None else b("Add", added, bias)
-    inputs = ["q", "k", "v"]
-    if bias is not None:
-        # Its attention_bias broadcasts over batch and heads only.
-        inputs += ["", "", b("Expand", bias, b.join(1, 1, queries, keys))]
-    kwargs = {"scale": attrs["scale"]} if attrs["scale"] else {}
-    return [b("MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=heads, **kwargs)]
+        q, k = (b.reshape(x, 0, 0, heads, -1) for x in (q, k))
+        q = b("Pad", q, b.constant([0] * 7 + [1]), b.constant(1 / scale, FLOAT))
+        log = b.unsqueeze(size_logarithm(b), 2, 3)
+        k = b("Concat", k, b("Expand", log, b.join(b("Shape", k, end=3), 1)), axis=3)
+        q, k = (b.reshape(x, 0, 0, -1) for x in (q, k))
+    kwargs = {"scale": scale} if scale else {}
+    return [b("MultiHeadAttention", q, k, "v", domain="com.microsoft", num_heads=heads, **kwargs)]
 
 
 OP = OpDef(
