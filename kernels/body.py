@@ -24,6 +24,7 @@ class Body:
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
         self.domains = {""}  # of the operators in use
+        self.references: set[str] = set()  # attributes that the body reads off its node
 
     # ---- nodes ---------------------------------------------------------------------------------------
     def many(
@@ -49,6 +50,13 @@ class Body:
         if key not in self._constants:
             self._constants[key] = self("Constant", value=numpy_helper.from_array(array))
         return self._constants[key]
+
+    def attribute(self, name: str) -> str:
+        """The node's own int attribute, int64 [1]: nodes that differ in nothing else share one function."""
+        self.references.add(name)
+        number = self("Constant")
+        self.nodes[-1].attribute.add(name="value_int", ref_attr_name=name, type=onnx.AttributeProto.INT)
+        return self.unsqueeze(number, 0)
 
     # ---- shapes --------------------------------------------------------------------------------------
     def length(self, x: str, axis: int) -> str:

@@ -143,14 +143,15 @@ class OpDef:
             if (o := operands[i]) is not None and o[1] not in types
         ]
         body = Body(opset, "_".join([self.name, *dict.fromkeys(others)]))
-        parts = ["_" if o is None else f"{o[0]}{body.short_type(o[1])}" for o in operands]
-        parts += [f"{k}={_text(v)}" for k, v in attrs.items()]
-        overload = ",".join([*parts, f"opset={opset}"])
-        if overload not in self._cache:
+        types = ["_" if o is None else f"{o[0]}{body.short_type(o[1])}" for o in operands]
+        key = ",".join([*types, *(f"{k}={_text(v)}" for k, v in attrs.items()), f"opset={opset}"])
+        if key not in self._cache:
             names = [n.removesuffix("?") for n in self.inputs]
             results = self.body(body, operands, attrs)
-            self._cache[overload] = body.function(overload, names, self.outputs, results, attrs)
-        return self._cache[overload]
+            parts = [f"{k}={'*' if k in body.references else _text(v)}" for k, v in attrs.items()]
+            overload = ",".join([*types, *parts, f"opset={opset}"])
+            self._cache[key] = body.function(overload, names, self.outputs, results, attrs)
+        return self._cache[key]
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         """The entry of torch's decomposition table."""

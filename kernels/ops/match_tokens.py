@@ -118,7 +118,7 @@ def body_normalised(b: Body, metric: str, dtype: int) -> str:
 def body_wanted(b: Body, length: str, attrs: dict[str, Any]) -> str:
     """`lengths.wanted` for int64 `length`."""
     if attrs["r"] >= 0:
-        return b.constant([attrs["r"]])
+        return b.attribute("r")
     share = fraction(attrs["ratio"])
     return b("Div", b("Mul", length, b.constant([share.numerator])), b.constant([share.denominator]))
 
