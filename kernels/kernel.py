@@ -69,8 +69,8 @@ def add_fake_and_gradient(
 
         torch.library.register_fake(name, shaped)
 
-    def keep(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-        ctx.attrs = dict(keyword_only_inputs)
+    def keep(ctx: Any, inputs: Any, output: Any, keyword_only_inputs: Any = None) -> None:
+        ctx.attrs = dict(keyword_only_inputs or {})  # torch hands none where the schema has none
         ctx.present = [x is not None for x in inputs]
         ctx.save_for_backward(*[x for x in inputs if x is not None])
         outputs = output if isinstance(output, tuple) else (output,)
