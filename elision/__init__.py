@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .passes.ir.graph import Graph
     from .passes.pipeline import format, parse
     from .runtime.api import Result, export_onnx, optimize
+    from .runtime.iree import compile_iree, run_iree
+    from .runtime.mlir import export_mlir
     from .runtime.session import session
 
 __version__ = "0.1.0"
@@ -30,6 +32,9 @@ __version__ = "0.1.0"
 _HOMES: dict[str, tuple[str, str]] = {
     "optimize": (".runtime.api", "optimize"),
     "export_onnx": (".runtime.api", "export_onnx"),
+    "export_mlir": (".runtime.mlir", "export_mlir"),
+    "compile_iree": (".runtime.iree", "compile_iree"),
+    "run_iree": (".runtime.iree", "run_iree"),
     "Result": (".runtime.api", "Result"),
     "session": (".runtime.session", "session"),
     "ElisionError": (".passes.errors", "ElisionError"),
@@ -64,12 +69,15 @@ __all__ = [
     "Result",
     "VerificationError",
     "__version__",
+    "compile_iree",
+    "export_mlir",
     "export_onnx",
     "format",
     "known_passes",
     "optimize",
     "parse",
     "register",
+    "run_iree",
     "session",
     "testing",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class IreeModule:
         try:
             found = self._main(*arrays)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ElisionError(f"IREE does not run the module: {first_line(error)}") from error
+            raise ElisionError(f"IREE does not run the module: {_told(error)}") from error
         results = [np.array(item) for item in (found if isinstance(found, list | tuple) else [found])]
         made = tuple(torch.from_numpy(item) if tensors else item for item in results)
         return made[0] if len(made) == 1 else made
@@ -96,6 +97,12 @@ def _compile(compiler: Any, file: Path, cpu: str, flags: Sequence[str]) -> bytes
         lines = [line for line in str(error).splitlines() if "error:" in line]
         told = lines[0].partition("error:")[2].strip() if lines else first_line(error)
         raise ElisionError(f"IREE cannot compile {file.name}: {told[:200]}") from error
+
+
+def _told(error: BaseException) -> str:
+    """What IREE's runtime has to say, without the place in its sources and the calls it was in."""
+    text = first_line(error, limit=1000)
+    return re.sub(r"^.*?[A-Z_]{4,}; ", "", text).partition("; while ")[0][:200]
 
 
 def _packages() -> tuple[Any, Any]:

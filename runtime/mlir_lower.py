@@ -124,10 +124,27 @@ def _run_pipeline(module: Any, pipeline: str, dialect: str) -> None:
     finally:
         handler.detach()
     if errors:
-        raise ElisionError(f"torch-mlir cannot lower the graph to {dialect}: {_told(errors[0])}")
+        raise ElisionError(f"torch-mlir cannot lower the graph to {dialect}: {_told(errors[0], module)}")
 
 
-def _told(text: str) -> str:
+HARMLESS = ("constant.", "prim.")
+"""Operators that stay only because another one that reads them does."""
+
+
+def _told(text: str, module: Any) -> str:
     """The operator that an error of torch-mlir is about, or its first line."""
     named = re.search(r"name = \"(?:torch\.)?([^\"]+)\"", text) or re.search(r"'torch\.([\w.]+)'", text)
-    return first_line(Exception(text)) if named is None else f"it does not take {named[1]} as it is used here"
+    if named is None:
+        return first_line(Exception(text))
+    name = named[1]
+    if name.startswith(HARMLESS):
+        left = re.findall(r"= \"torch\.([\w.]+)\"", _brief(module))
+        name = next((other for other in left if not other.startswith(HARMLESS)), name)
+    return f"it does not take {name} as it is used here"
+
+
+def _brief(module: Any) -> str:
+    """Every operation in generic form, without the data of constants."""
+    return module.operation.get_asm(
+        print_generic_op_form=True, large_elements_limit=8, large_resource_limit=8
+    )
