@@ -12,7 +12,7 @@ from typing import Any
 ISA = "ELISION_ISA"
 """The environment variable that asks for a variant: avx512, avx2 or portable. Read when the library loads."""
 
-ABI = 1
+ABI = 2
 NAME = "libelision.so"
 
 FLOAT32, BOOL, FLOAT16, BFLOAT16 = 1, 9, 10, 16
@@ -35,7 +35,8 @@ class Match(Structure):
 class Mean(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("k", "metric")),
-        *((name, c_int64) for name in ("batch", "heads", "length")),
+        *((name, c_int64) for name in ("batch", "heads", "tokens", "width")),
+        ("k_stride", c_int64 * 3),
         ("dtype", c_int32),
     ]
 

@@ -84,10 +84,11 @@ def match_padded_tokens(metric: Tensor, size: Tensor, **attrs: Any) -> tuple[Ten
 
 
 def mean_heads(k: Tensor) -> Tensor:
-    dtype, k = _float_type("mean_heads", k), k.contiguous()
+    dtype, k = _float_type("mean_heads", k), k if k.stride(-1) == 1 else k.contiguous()
     batch, heads, tokens, width = k.shape
     metric = k.new_empty((batch, tokens, width))
-    args = library.Mean(_at(k), _at(metric), batch, heads, tokens * width, dtype)
+    strides = (ctypes.c_int64 * 3)(*k.stride()[:3])
+    args = library.Mean(_at(k), _at(metric), batch, heads, tokens, width, strides, dtype)
     call("elision_mean", args, torch.get_num_threads())
     return metric
 

@@ -39,11 +39,13 @@ typedef struct {
   int32_t dtype, published;
 } elision_match_args;
 
-// mean_heads: k [batch, heads, tokens * width] -> metric [batch, tokens * width].
+// mean_heads: k [batch, heads, tokens, width] -> metric [batch, tokens, width]. Strides are those of the batch, head
+// and token axes; the last axis is dense.
 typedef struct {
   const void* k;
   void* metric;
-  int64_t batch, heads, length;
+  int64_t batch, heads, tokens, width;
+  int64_t k_stride[3];
   int32_t dtype;
 } elision_mean_args;
 

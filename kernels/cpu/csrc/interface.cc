@@ -104,8 +104,8 @@ int elision_match(const elision_match_args* args, const elision_runner* runner, 
 int elision_mean(const elision_mean_args* args, const elision_runner* runner, char* error, size_t room) {
   const elision_mean_args& a = *args;
   if (!known(a.dtype)) return fail(error, room, "mean_heads: k is neither float32, float16 nor bfloat16");
-  if (!fits({a.batch, a.heads, a.length}) || a.heads < 1) return misfit("mean_heads", error, room);
-  if (a.batch == 0 || a.length == 0) return 0;
+  if (!fits({a.batch, a.heads, a.tokens, a.width}) || a.heads < 1) return misfit("mean_heads", error, room);
+  if (a.batch == 0 || a.tokens == 0) return 0;
   return kernels().mean(a, *runner, error, room);
 }
 
@@ -180,5 +180,5 @@ void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* de
   }
 }
 
-int elision_abi(void) { return 1; }
+int elision_abi(void) { return 2; }
 }

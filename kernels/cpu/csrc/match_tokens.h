@@ -1,4 +1,4 @@
-// match_tokens, match_padded_tokens, mean_heads: which tokens merge.
+// match_tokens, match_padded_tokens: which tokens merge.
 //
 // The scores of a sample are never stored: a tile of them only moves the running maximum of its rows.
 // Floor: the metric is read once (4 * N * D bytes), N^2 / 4 * D multiply-adds.
@@ -27,9 +27,9 @@ ELISION_INLINE void unit_row(const T* x, int64_t width, float* out) {
     squares = fma(v, v, squares);
   }
   const float length = __builtin_sqrtf(sum(squares));
-  const Vec by = set(length > 1e-12f || length != length ? length : 1e-12f);
-  for (k = 0; k + W <= width; k += W) store(out + k, divide(load(out + k), by));
-  if (k < width) store(out + k, divide(load(out + k, width - k), by), width - k);
+  const Vec by = set(1.0f / (length > 1e-12f || length != length ? length : 1e-12f));
+  for (k = 0; k + W <= width; k += W) store(out + k, mul(load(out + k), by));
+  if (k < width) store(out + k, mul(load(out + k, width - k), by), width - k);
 }
 
 // Everything a sample's tasks share. Tokens are counted by rank: real ones first, by position.
@@ -243,44 +243,6 @@ inline int match(const elision_match_args& args, const elision_runner& runner, c
   if (args.dtype == ELISION_F16) return match_of<f16>(args, runner, error, room);
   if (args.dtype == ELISION_BF16) return match_of<bf16>(args, runner, error, room);
   return match_of<float>(args, runner, error, room);
-}
-
-// ---- mean_heads ----------------------------------------------------------------------------------------
-constexpr int64_t MEAN_CHUNK = 4096;  // elements a task writes
-
-template <class T>
-int mean_of(const elision_mean_args& args, const elision_runner& runner) {
-  struct Call {
-    const elision_mean_args& args;
-    int64_t chunks;
-  } call{args, (args.length + MEAN_CHUNK - 1) / MEAN_CHUNK};
-  const auto task = [](void* self, size_t index) {
-    const Call& c = *static_cast<Call*>(self);
-    const int64_t sample = static_cast<int64_t>(index) / c.chunks, from = static_cast<int64_t>(index) % c.chunks * MEAN_CHUNK;
-    const int64_t length = c.args.length, heads = c.args.heads, until = smaller(length, from + MEAN_CHUNK);
-    const T* k = static_cast<const T*>(c.args.k) + sample * heads * length;
-    T* out = static_cast<T*>(c.args.metric) + sample * length;
-    const Vec count = set(static_cast<float>(heads));
-    int64_t i = from;
-    for (; i + W <= until; i += W) {
-      Vec total = load(k + i);
-      for (int64_t h = 1; h < heads; ++h) total = add(total, load(k + h * length + i));
-      store(out + i, divide(total, count));
-    }
-    if (i < until) {
-      Vec total = load(k + i, until - i);
-      for (int64_t h = 1; h < heads; ++h) total = add(total, load(k + h * length + i, until - i));
-      store(out + i, divide(total, count), until - i);
-    }
-  };
-  runner.run(runner.self, task, &call, static_cast<size_t>(args.batch * call.chunks));
-  return 0;
-}
-
-inline int mean(const elision_mean_args& args, const elision_runner& runner, char*, size_t) {
-  if (args.dtype == ELISION_F16) return mean_of<f16>(args, runner);
-  if (args.dtype == ELISION_BF16) return mean_of<bf16>(args, runner);
-  return mean_of<float>(args, runner);
 }
 
 }  // namespace ELISION_VARIANT

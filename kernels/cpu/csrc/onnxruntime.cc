@@ -166,7 +166,9 @@ void mean(const Kernel& kernel, OrtKernelContext* context) {
   const Tensor k = kernel.input(context, 0, 4);
   elision_mean_args args{};
   args.k = k.data, args.dtype = k.dtype;
-  args.batch = k.dims[0], args.heads = k.dims[1], args.length = times(k.dims[2], k.dims[3]);
+  args.batch = k.dims[0], args.heads = k.dims[1], args.tokens = k.dims[2], args.width = k.dims[3];
+  args.k_stride[2] = args.width, args.k_stride[1] = times(args.tokens, args.width);
+  args.k_stride[0] = times(args.heads, args.k_stride[1]);
   const int64_t dims[3] = {k.dims[0], k.dims[2], k.dims[3]};
   args.metric = kernel.output(context, 0, dims, 3);
   call(elision_mean, args, kernel, context);

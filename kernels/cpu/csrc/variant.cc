@@ -1,6 +1,7 @@
 // The kernels of one variant. Compiled once for each, with -DELISION_VARIANT=name and the flags of its processors.
 #include "attention.h"
 #include "match_tokens.h"
+#include "mean_heads.h"
 #include "merge_tokens.h"
 #include "restore_tokens.h"
 
