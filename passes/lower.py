@@ -14,6 +14,7 @@ from typing import Any
 from .base import Outcome, Pass, PassContext, register
 from .errors import NothingMatched, PipelineError
 from .ir.graph import Graph
+from .lower_bias import set_biases_apart
 from .lowering import KERNEL, MLIR, ONNXRUNTIME, TARGETS, TORCH_CPU, TORCH_CUDA, Table, dialect_class
 from .options import nearest
 
@@ -86,13 +87,17 @@ def kernels_of(target: str) -> tuple[dict[str, Any], str]:
 
 
 def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
-    """Ops of the dialect as the kernels of `target`, where one takes them and the table finds it faster."""
+    """Ops of the dialect as the kernels of `target`, where one takes them and the table finds it faster; on the CPU
+    biases are set apart, too."""
     from ..kernels import OPS
 
     outcome = Outcome()
+    if target == TORCH_CPU and (apart := set_biases_apart(graph)):
+        outcome.changed = True
+        outcome.statistics["biases set apart"] = apart
     ops = [op for op in graph.ops_of("elision") if op.target.partition(".")[0] == "elision"]
     if not ops:
-        outcome.notes.append("nothing to lower: the graph has no op of the dialect")
+        outcome.notes.append("the graph has no op of the dialect")
         return outcome
     kernels, problem = kernels_of(target)
     if problem:
