@@ -33,7 +33,9 @@ def set_biases_apart(graph: Graph) -> int:
 
 def fuses(value: Value, outputs: list[Value]) -> bool:
     """Is every use of `value` an elementwise operation, directly or through what changes nothing?"""
-    return value not in outputs and bool(value.users) and all(_elementwise(op, outputs) for op, _ in value.users)
+    return (
+        value not in outputs and bool(value.users) and all(_elementwise(op, outputs) for op, _ in value.users)
+    )
 
 
 def _elementwise(op: Op, outputs: list[Value]) -> bool:
