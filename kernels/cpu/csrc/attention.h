@@ -24,6 +24,11 @@ ELISION_INLINE const float* as_floats(const T* x, int64_t n, float* line) {
   return line;
 }
 
+// What as_floats found, in `to` in any case. Without elements there may be no address.
+ELISION_INLINE void keep_floats(const float* from, int64_t n, float* to) {
+  if (from != to && n > 0) memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
+}
+
 template <class T>
 struct Attention {
   const elision_attention_args& args;
@@ -168,21 +173,19 @@ struct Attention {
       const int64_t here = smaller(block, keys - first_key);
       pack_columns(here, width, panel, line, [&](int64_t j, float* to) {
         const float* from = as_floats(k + (first_key + j) * args.k_stride[2], width, to);
-        if (from != to) memcpy(to, from, sizeof(float) * static_cast<size_t>(width));
+        keep_floats(from, width, to);
       });
       for (int64_t j = 0; j < here; ++j) {
         float* to = values + j * columns;
         const float* from = as_floats(v + (first_key + j) * args.v_stride[2], value_width, to);
-        if (from != to) memcpy(to, from, sizeof(float) * static_cast<size_t>(value_width));
+        keep_floats(from, value_width, to);
         for (int64_t c = value_width; c < columns; ++c) to[c] = 0.0f;
       }
       for (int64_t first = 0; first < queries; first += QUERY_BLOCK) {
         const int64_t n = smaller(QUERY_BLOCK, queries - first);
         for (int64_t i = 0; i < n; ++i) {
           const T* from = q + (first_query + first + i) * args.q_stride[2];
-          const float* floats_of = as_floats(from, width, rows + i * width);
-          if (floats_of != rows + i * width)
-            memcpy(rows + i * width, floats_of, sizeof(float) * static_cast<size_t>(width));
+          keep_floats(as_floats(from, width, rows + i * width), width, rows + i * width);
         }
         Scores product{rows, panel, width, here, stride, scores};
         for_row_tiles(n, product);

@@ -109,9 +109,9 @@ struct Merge {
     members = begin + args.batch * (args.left + 2);
     const auto group_one = [](void* self, size_t i) { static_cast<Merge*>(self)->group(static_cast<int64_t>(i)); };
     runner.run(runner.self, group_one, this, static_cast<size_t>(args.batch));
-    if (trouble.code == 0 && args.left > 0) {
-      const int64_t row_bytes =
-          larger<int64_t>(1, args.layout.pre * args.layout.mid * args.layout.width * static_cast<int64_t>(sizeof(T)));
+    const int64_t row_bytes =
+        args.layout.pre * args.layout.mid * args.layout.width * static_cast<int64_t>(sizeof(T));
+    if (trouble.code == 0 && args.left > 0 && row_bytes > 0) {
       chunk = larger<int64_t>(1, smaller<int64_t>(args.left, BYTES_PER_TASK / row_bytes));
       chunks = (args.left + chunk - 1) / chunk;
       const auto task = [](void* self, size_t i) {

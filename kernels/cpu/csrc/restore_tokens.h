@@ -26,6 +26,7 @@ struct Restore {
     const size_t bytes = static_cast<size_t>(args.layout.width * item);
     for (int64_t i = first; i < until; ++i)
       if (slot[i] < -1 || slot[i] >= left) return trouble.report(TROUBLE_SLOT);
+    if (bytes == 0) return;
     for (int64_t p = 0; p < args.layout.pre; ++p) {
       for (int64_t m = 0; m < args.layout.mid; ++m) {
         const char* y = static_cast<const char*>(args.y) + (p * from.pre + sample * from.sample + m * from.mid) * item;
