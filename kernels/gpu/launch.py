@@ -1,0 +1,108 @@
+"""What the kernels share: tuning tables, the launch, registration, addresses of tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..definition import OpDef
+from ..kernel import NAMESPACES, TORCH_CUDA, add_fake_and_gradient
+from ..layout import from_rows, to_rows
+from . import limits
+
+NAMESPACE = NAMESPACES[TORCH_CUDA]
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Do the kernels run in Triton's interpreter, on tensors of the CPU? Decided when Triton is imported. There products of
+bfloat16 are taken in float32: the interpreter multiplies bfloat16 as if its bits were whole numbers."""
+
+
+def tuned(
+    configs: Sequence[triton.Config],
+    key: Sequence[str],
+    fits: Callable[[triton.Config, dict[str, Any]], bool] | None = None,
+) -> Callable[[Any], Any]:
+    """Autotune a kernel over `configs`, anew for every value of the arguments `key`.
+
+    fits(config, arguments): is the configuration one for this call? The interpreter takes the first that is."""
+
+    def prune(given: list[Any], named: dict[str, Any], **others: Any) -> list[Any]:
+        assert fits is not None
+        chosen = [c for c in given if fits(c, {**named, **others})]
+        return chosen[:1] if INTERPRETED else chosen
+
+    if fits is None:
+        return triton.autotune(list(configs[:1] if INTERPRETED else configs), list(key))
+    return triton.autotune(list(configs), list(key), prune_configs_by={"early_config_prune": prune})
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """The kernel as torch traces it. (Named as torch's: torch finds an op's kernels by this name.)"""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def size_class(length: Any) -> Any:
+    """The next power of two, so that a kernel is tuned once for lengths alike; 0 where it is symbolic."""
+    return triton.next_power_of_2(max(length, 16)) if isinstance(length, int) else 0
+
+
+def register(op: OpDef, implementation: Callable[..., Any]) -> None:
+    """Register `implementation` as the Triton kernel of `op`: the same schema, refusals as ValueError, gradients."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        kwargs = op.complete(kwargs)
+        operands = [*args, *[None] * (len(op.inputs) - len(args))]
+        first = operands[0]
+        if not INTERPRETED and first.device.type != "cuda":
+            raise ValueError(f"{NAMESPACE}::{op.name} needs tensors on a GPU, not on {first.device}")
+        limits.check(op.name, operands, kwargs)
+        return implementation(*operands, **kwargs)
+
+    # torch looks for the kernels in the source of the function, through `__wrapped__`.
+    checked.__wrapped__ = implementation  # type: ignore[attr-defined]
+    torch.library.triton_op(
+        f"{NAMESPACE}::{op.name}", checked, mutates_args={}, schema=op.schema.removeprefix(op.name)
+    )
+    add_fake_and_gradient(op, NAMESPACE, fake=False)
+
+
+class Rows:
+    """A value of any rank as rows of tokens [B, N, F]; copied only where there are several feature axes."""
+
+    def __init__(self, x: Tensor, axis: int, batch_axis: int) -> None:
+        self.like, self.axis, self.batch_axis = x, axis, batch_axis
+        self.others = [a for a in range(x.dim()) if a not in (axis, batch_axis)]
+        self.flat = len(self.others) > 1  # several feature axes, seldom adjacent: copied into one
+        self.data = to_rows(x, axis, batch_axis) if self.flat else x
+        self.batch: Any = 1 if batch_axis < 0 else x.shape[batch_axis]
+        self.count: Any = x.shape[axis]
+        self.width: Any = self.data.shape[2] if self.flat else x.shape[self.others[0]] if self.others else 1
+
+    def strides(self, x: Tensor) -> tuple[Any, Any, Any]:
+        """Of batch, tokens and features in `x`, laid out as `data`; 0 for a batch of 1, which serves all."""
+        batch, axis, others = (0, 1, [2]) if self.flat else (self.batch_axis, self.axis, self.others)
+        own = 0 if batch < 0 or x.shape[batch] == 1 else x.stride(batch)
+        return own, x.stride(axis), x.stride(others[0]) if others else 0
+
+    def empty(self, batch: Any, count: Any) -> Tensor:
+        """Room for the result with this many tokens, laid out as `data`."""
+        if self.flat:
+            return self.data.new_empty([batch, count, self.width])
+        shape: list[Any] = list(self.like.shape)
+        shape[self.axis] = count
+        if self.batch_axis >= 0:
+            shape[self.batch_axis] = batch
+        return self.data.new_empty(shape)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """`out`, which `empty` made, as the op returns it."""
+        return from_rows(out, self.like, self.axis, self.batch_axis).contiguous() if self.flat else out
+
+
+def map_stride(x: Tensor) -> Any:
+    """The stride from sample to sample of a contiguous [B or 1, M]; 0 where one row serves all."""
+    return 0 if x.shape[0] == 1 else x.stride(0)

@@ -1,0 +1,33 @@
+"""The numerics tests of the Triton kernels, in Triton's interpreter: on the CPU, with no compiler and no GPU.
+
+Triton decides at import whether it interprets, so each file runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+FILES = ("test_attention.py", "test_match_tokens.py", "test_merge_tokens.py", "test_restore_tokens.py")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_agree_with_the_reference(name: str) -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch for GPUs only")
+    others = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", str(HERE / name)],
+        env={**others, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed.group(1)) > 5 and "skipped" not in done.stdout, done.stdout
