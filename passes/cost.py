@@ -118,7 +118,7 @@ def estimate(
     total = Cost()
     for op in graph.ops:
         flops, moved = _cost(op, lengths, graph.host)
-        if op.kind == "attention" or _dialect_name(op) == "attention":
+        if op.kind == "attention" or _dialect_name(op) in ("attention", "joined_attention"):
             tokens = _self_attention(op, lengths)
             if tokens is not None:
                 total.tokens_per_block.append(tokens)

@@ -12,6 +12,13 @@ from typing import Any
 from .lowering import Table
 
 MEASURED: dict[str, Any] = {
+    "onnxruntime": {
+        "attention": {
+            "float32 plain tokens=256 width=64": ["joined_attention", 1.2],
+        },
+        "add_norm": {"float32 rows=1024 width=512": ["apart", 1.4]},
+        "packed_linear": {"float32 rows=1024 width=1024": ["apart", 1.02]},
+    },
     "torch-cpu": {
         "attention": {"float32 sized tokens=256 width=64": ["reference", 1.0]},
     },

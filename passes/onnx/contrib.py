@@ -14,6 +14,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ..ir.onnx_shapes import MALFORMED
+from . import raise_dialect
 from .contrib_attention import ATTENTIONS
 from .surgery import Declined, Editor, operand, used
 
@@ -26,7 +27,7 @@ def unpack(ed: Editor) -> None:
     """Take every operator of the domain apart that a row below knows."""
     for node in list(ed.graph):
         ed.env.update(node)  # what was taken apart before it has a shape now
-        rows = ROWS if node.domain == DOMAIN else STRAY if node.domain == "" else {}
+        rows = BY_DOMAIN.get(node.domain, {})
         action = rows.get(node.op_type)
         if action is None:
             continue
@@ -192,3 +193,4 @@ ROWS: dict[str, Unpacker] = {
 }
 STRAY: dict[str, Unpacker] = {"SimplifiedLayerNormalization": simplified_norm}
 """Operators that ONNX Runtime writes under the standard domain although the standard has none of the name."""
+BY_DOMAIN = {DOMAIN: ROWS, "": STRAY, "elision": raise_dialect.ROWS}

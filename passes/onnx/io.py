@@ -19,6 +19,8 @@ from google.protobuf.message import DecodeError
 
 from ..errors import ModelFileError
 from ..ir.onnx_check import light_proto
+from ..lowering import Table
+from ..lowering_defaults import DEFAULTS
 from .lower import lower
 
 PROTOBUF_LIMIT = 1_900_000_000
@@ -226,18 +228,19 @@ def has_external_data(model: ir.Model) -> bool:
     return any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
 
 
-def lowered(model: ir.Model, target: str) -> ir.Model:
+def lowered(model: ir.Model, target: str, table: Table | None = None) -> ir.Model:
     """A copy of `model` in the forms its target runs fastest; `standard` keeps every operator."""
     clone = model.clone()
     if target == "onnxruntime":
-        lower(clone)
+        lower(clone, table or DEFAULTS)
     elif target != "standard":
         raise ModelFileError(f"unknown target '{target}' (known: onnxruntime, standard)")
     return clone
 
 
-def to_proto(model: ir.Model, target: str = "onnxruntime") -> onnx.ModelProto:
-    """The model as one ModelProto with its weights inside, lowered for `target`; `model` is not changed.
+def to_proto(model: ir.Model, target: str = "onnxruntime", table: Table | None = None) -> onnx.ModelProto:
+    """The model as one ModelProto with its weights inside, lowered for `target` by `table` (None: the defaults);
+    `model` is not changed.
 
     Raises ModelFileError when the weights are over 2 GB.
     """
@@ -246,14 +249,16 @@ def to_proto(model: ir.Model, target: str = "onnxruntime") -> onnx.ModelProto:
         raise ModelFileError(
             f"{total / 1e9:.1f} GB of weights do not fit in one message; save the model to a file"
         )
-    clone = lowered(model, target)
+    clone = lowered(model, target, table)
     if has_external_data(model):
         ir.external_data.load_to_model(clone)
     return ir.to_proto(clone)
 
 
-def save_model(model: ir.Model, path: str | os.PathLike[str], target: str = "onnxruntime") -> None:
-    """Write `model`, lowered for `target`, to `path`, whole or not at all; `model` is not changed.
+def save_model(
+    model: ir.Model, path: str | os.PathLike[str], target: str = "onnxruntime", table: Table | None = None
+) -> None:
+    """Write `model`, lowered for `target` by `table`, to `path`, whole or not at all; `model` is not changed.
 
     Weights go to `<path>.data` when there are more than 1.9 GB of them, or when the model came with external
     data. Raises ModelFileError when the folder is missing or not writable, or when the disk is full.
@@ -271,7 +276,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], target: str = "onn
     except OSError as error:
         raise ModelFileError(f"{folder}: cannot be written to ({reason(error)})") from None
     try:
-        clone = lowered(model, target)
+        clone = lowered(model, target, table)
         if external:
             ir.save(clone, workplace / file.name, external_data=data_name, size_threshold_bytes=1024)
         else:

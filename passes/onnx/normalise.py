@@ -166,6 +166,8 @@ def convert(model: ir.Model, report: NormaliseReport) -> None:
         node.domain = STRAY  # the converter knows nothing of them, and leaves other domains alone
     if strays:
         clone.opset_imports[STRAY] = 1
+    # The converter writes functions into the graph; those of our dialect must stay operators.
+    ours = {key: clone.functions.pop(key) for key in list(clone.functions) if key[0] == "elision"}
     try:
         version_converter.convert_version(clone, OPSET, fallback=True)
     except Exception as error:
@@ -174,6 +176,9 @@ def convert(model: ir.Model, report: NormaliseReport) -> None:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+    for key, function in ours.items():
+        function.opset_imports[""] = OPSET  # bodies mean the same in every operator set from 18 on
+        clone.functions[key] = function
     for node in clone.graph.all_nodes():
         if node.domain == STRAY:
             node.domain = ""

@@ -128,6 +128,16 @@ class Editor:
         self.env.update(node)
         return node.outputs[0]
 
+    def adopt(self, node: ir.Node, *, before: ir.Node) -> ir.Value:
+        """Put a node that was made elsewhere, nameless, in front of `before`; returns its first output."""
+        base = before.name or before.outputs[0].name or "lowered"
+        node.name = self.node_name(f"{base}/{node.op_type}")
+        for out in node.outputs:
+            out.name = self.unique(f"{base}_{node.op_type}")
+        self.graph.insert_before(before, node)
+        self.env.update(node)
+        return node.outputs[0]
+
     def constant(self, array: np.ndarray, name: str = "constant") -> ir.Value:
         unique = self.unique(name)
         tensor = ir.tensor(np.asarray(array, order="C"), name=unique)
