@@ -202,6 +202,10 @@ struct Match {
 
   int run(const elision_runner& runner, char* error, size_t room) {
     const int64_t batch = args.batch;
+    if (args.gone == 0) {  // where nothing is removed nothing moves, padding neither
+      for (int64_t i = 0; i < batch * args.count; ++i) args.slot[i] = args.keep[i] = static_cast<int32_t>(i % args.count);
+      return 0;
+    }
     most_a = args.count / 2 + 1;
     most_b = padded_columns(args.count / 2 + 1);
     chunks = (most_a + ROW_CHUNK - 1) / ROW_CHUNK;
