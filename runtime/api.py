@@ -42,6 +42,7 @@ class Result:
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = field(default=None, repr=False)
     source: str = ""
     untouched: bool = False  # no pass changed the model: it is given back, the same bit for bit
+    table: Any = field(default=None, repr=False)  # the lowering table that the passes had
     _module: Any = field(default=None, repr=False)
 
     @property
@@ -60,7 +61,7 @@ class Result:
             raise AttributeError("a torch result has .module, not .model")
         from ..passes.onnx import io
 
-        return io.to_proto(self.graph.model, self._form)  # type: ignore[attr-defined]
+        return io.to_proto(self.graph.model, self._form, self.table)  # type: ignore[attr-defined]
 
     @property
     def _form(self) -> str:
@@ -88,7 +89,7 @@ class Result:
 
             if file.suffix == ".pt2":
                 raise ElisionError(f"{file}: an ONNX result is saved as .onnx")
-            io.save_model(self.graph.model, file, self._form)  # type: ignore[attr-defined]
+            io.save_model(self.graph.model, file, self._form, self.table)  # type: ignore[attr-defined]
             return file
         if file.suffix != ".pt2":
             raise ElisionError(
@@ -157,7 +158,7 @@ def optimize(
     report = run_passes(graph, pipeline, context, runner, verify, tell)
     untouched = taken_back(report, graph, given)
     module = _own_module(target) if untouched and graph.host == "fx" else None
-    return Result(report.graph, report, example, source, untouched, module)
+    return Result(report.graph, report, example, source, untouched, context.table, module)
 
 
 def run_passes(
@@ -216,7 +217,7 @@ def export_onnx(
     context = PassContext(force, "onnxruntime", inputs, token_map, table_for("onnx"))
     report = run_passes(graph, framed(pipeline, "onnx"), context, runner, verify, tell)
     untouched = taken_back(report, graph, pipeline)
-    result = Result(report.graph, report, None, type(module).__name__, untouched)
+    result = Result(report.graph, report, None, type(module).__name__, untouched, context.table)
     tell("writing the file")
     result.save(file)
     return result

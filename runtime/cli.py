@@ -1,4 +1,4 @@
-"""The command line: explain, optimize, diff, bench, passes, reproduce, doctor, export-mlir."""
+"""The command line: explain, optimize, diff, bench, passes, reproduce, doctor, export-mlir, tune-kernels."""
 
 from __future__ import annotations
 
@@ -276,6 +276,29 @@ def write_mlir(
         print_json(result_json(result, output) | {"dialect": dialect, "bytes": output.stat().st_size})
     else:
         show_report(out(), result, output)
+
+
+@app.command("tune-kernels")
+def tune_kernels(
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="NAME", help="onnxruntime, torch-cpu or torch-cuda; default: all here."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few sizes only.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure which form of every operation this machine runs fastest; passes then use what was found."""
+    from .commands import show_measured
+    from .tune import tune
+
+    with counting("measuring", silent=json) as progress:
+        results = tune(target, quick=quick, progress=progress)
+    if json:
+        print_json([result.to_json() for result in results])
+    else:
+        show_measured(out(), results)
 
 
 def main(arguments: list[str] | None = None) -> Any:

