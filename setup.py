@@ -2,7 +2,7 @@
 
 Everything else about the package stands in pyproject.toml. Where there is no C++ compiler the build goes on without
 the library, and elision runs on its references; ELISION_BUILD=require makes that an error, ELISION_BUILD=skip leaves
-the library out.
+the library out. ELISION_CXXFLAGS is added for compiler and linker, behind our own flags: sanitizers, for one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ VARIANTS: dict[str, list[str]] = {"portable": []} | ({"avx2": AVX2, "avx512": AV
 # Contraction off: a sum is the same on every processor that runs a variant. The two warnings are about the
 # compiler's own intrinsics.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
+MORE = os.environ.get("ELISION_CXXFLAGS", "").split()
 FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
@@ -50,7 +51,7 @@ class BuildLibrary(build_ext):
             # A folder each: two units come from one source.
             folder = str(Path(self.build_temp) / name)
             return self.compiler.compile(
-                [source], output_dir=folder, extra_postargs=flags, depends=ext.depends
+                [source], output_dir=folder, extra_postargs=[*flags, *MORE], depends=ext.depends
             )[0]
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -58,7 +59,9 @@ class BuildLibrary(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # A process that has the old library mapped keeps it: the new one is another file.
         target.unlink(missing_ok=True)
-        self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
+        self.compiler.link_shared_object(
+            objects, str(target), extra_postargs=["-pthread", *MORE], target_lang="c++"
+        )
 
 
 class AnyPython(bdist_wheel):
