@@ -10,21 +10,42 @@ import argparse
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 from harness import RESULTS, keep, machine
 
-BENCHMARKS = ("vit_cpu", "focus", "compile_share", "analysis_speed", "match_share")
+MODELS = ("vit_cpu", "focus", "match_share", "compile_share", "analysis_speed")
+OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")
+BENCHMARKS = (*MODELS, *OPS, "triton_kernels")
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 START, END = "<!-- results: written by benchmarks/run.py -->", "<!-- end of results -->"
+OPS_START, OPS_END = "<!-- ops: written by benchmarks/run.py -->", "<!-- end of ops -->"
+WAYS = ("ATen", "Inductor", "C++ in torch", "ONNX Runtime", "C++ in ONNX Runtime")
+
+
+def kept(name: str) -> Any:
+    """The last result of a benchmark, None where there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def op_table() -> str:
+    """One row for every case of every op: milliseconds of every way to run it, and the floor."""
+    rows = [f"| op | case | {' | '.join(WAYS)} | floor | bound |", "| --- " * (len(WAYS) + 4) + "|"]
+    for name in OPS:
+        data = kept(name)
+        for row in data["rows"] if data is not None else ():
+            times = " | ".join(f"{row['ms'][way]:.3g}" if way in row["ms"] else "" for way in WAYS)
+            rows.append(f"| `{name}` | {row['case']} | {times} | {row['floor_ms']:.3g} | {row['bound']} |")
+    return "\n".join(rows)
 
 
 def table() -> str:
     """One row for every result there is."""
     rows = ["| benchmark | measured | aim | machine | date |", "| --- | --- | --- | --- | --- |"]
-    for name in BENCHMARKS:
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            data = json.loads(path.read_text(encoding="utf-8"))
+    for name in MODELS:
+        data = kept(name)
+        if data is not None:
             where = f"{data['machine']['processor']}, {data['machine']['torch_threads']} threads"
             rows.append(f"| {data['what']} | {data['figure']} | {data['aim']} | {where} | {data['date']} |")
     return "\n".join(rows)
@@ -32,9 +53,10 @@ def table() -> str:
 
 def fill_page() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    head, rest = text.split(START)
-    tail = rest.split(END)[1]
-    PAGE.write_text(f"{head}{START}\n\n{table()}\n\n{END}{tail}", encoding="utf-8")
+    for start, end, content in ((START, END, table()), (OPS_START, OPS_END, op_table())):
+        head, rest = text.split(start)
+        text = f"{head}{start}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
