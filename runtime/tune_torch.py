@@ -101,6 +101,7 @@ def _case(
         op = OPS[kernel.op]
         references = [lambda: op.spelled_out(*operands, **attrs)]
         if compiled:
+            torch._dynamo.reset()  # it stops compiling one function for ever new shapes
             inductor = torch.compile(lambda *given: op.spelled_out(*given, **attrs), dynamic=False)
             references.append(lambda: inductor(*operands))
         found = {f"{i}": _finished(run, device) for i, run in enumerate(references)}
