@@ -94,7 +94,7 @@ def test_a_padded_matching_is_that_of_the_real_tokens_alone(
 
 
 @LAWS
-@given(seeds, st.integers(2, 300), widths, budgets)
+@given(seeds, st.integers(2, 300), st.sampled_from([3, 8, 15, 17, 33, 64]), budgets)
 def test_equal_tokens_score_equally_wherever_they_stand(
     seed: int, count: int, width: int, attrs: dict[str, Any]
 ) -> None:
@@ -103,13 +103,14 @@ def test_equal_tokens_score_equally_wherever_they_stand(
     metric = torch.randn(3, width)[torch.randint(0, 3, (2, count))]
     slot, keep, source = kernel("match_tokens", [metric], attrs)
     check_map(slot, keep, source, None)
-    unit = torch.nn.functional.normalize(metric, dim=-1)
     prefix, end = attrs["prefix"], count - attrs["suffix"]
     for sample in range(2):
         a = list(range(prefix + prefix % 2, end, 2))
         b = list(range(prefix + 1 - prefix % 2, end, 2))
         # Equal rows are one kind: a token's score depends on its kind and on the kinds that there are in B.
-        twins = {i: next((j for j in b if torch.equal(unit[sample, i], unit[sample, j])), None) for i in a}
+        twins = {
+            i: next((j for j in b if torch.equal(metric[sample, i], metric[sample, j])), None) for i in a
+        }
         joined = [i for i in source[sample].tolist() if twins.get(i) is not None]
         assert joined == source[sample].tolist()[: len(joined)], "tokens with an equal partner go first"
         for twin in set(twins.values()):
