@@ -44,14 +44,22 @@ class IreeModule:
         import torch
 
         tensors = any(isinstance(item, torch.Tensor) for item in inputs)
-        arrays = [np.ascontiguousarray(to_array(item, str(i))) for i, item in enumerate(inputs)]
+        arrays = [np.asarray(to_array(item, str(i)), order="C") for i, item in enumerate(inputs)]
         try:
             found = self._main(*arrays)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ElisionError(f"IREE does not run the module: {_told(error)}") from error
         results = [np.array(item) for item in (found if isinstance(found, list | tuple) else [found])]
-        made = tuple(torch.from_numpy(item) if tensors else item for item in results)
+        made = tuple(_tensor(item) if tensors else item for item in results)
         return made[0] if len(made) == 1 else made
+
+
+def _tensor(array: np.ndarray) -> Any:
+    import torch
+
+    if array.dtype.name == "bfloat16":  # numpy knows it through ml_dtypes, torch does not take it from there
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def compile_iree(

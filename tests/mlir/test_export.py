@@ -143,9 +143,16 @@ def test_a_dynamic_batch(tmp_path: Path) -> None:
             assert torch.equal(one, other)
 
 
-def test_run_iree_compiles_for_its_inputs() -> None:
-    x = torch.randn(3, 4)
-    assert_close(elision.run_iree(nn.Tanh(), x, device="local-sync"), torch.tanh(x))
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, factor: torch.Tensor) -> Any:
+        return x * factor, x.sum() > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_run_iree_compiles_for_its_inputs(dtype: torch.dtype) -> None:
+    x, factor = torch.randn(3, 4).to(dtype), torch.tensor(2.0).to(dtype)  # a scalar stays one
+    found = elision.run_iree(Scaled(), x, factor, device="local-sync")
+    assert torch.equal(found[0], x * factor) and torch.equal(found[1], torch.tensor(False))
 
 
 # ---- ONNX models -------------------------------------------------------------------------------------
