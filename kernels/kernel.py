@@ -88,7 +88,7 @@ def add_fake_and_gradient(
             found = op.reference(*full, **ctx.attrs)
             return [o for o in (found if isinstance(found, tuple) else (found,)) if o.is_floating_point()]
 
-        outputs, pull = torch.func.vjp(floats, *[inputs[i] for i in wanted])
+        outputs, pull, *_ = torch.func.vjp(floats, *[inputs[i] for i in wanted])
         used = [g for g in grads if g is None or g.is_floating_point()]
         filled = [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, used, strict=True)]
         result: list[Any] = [None] * len(inputs)
