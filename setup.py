@@ -24,7 +24,10 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-VARIANTS: dict[str, list[str]] = {"portable": []} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+VARIANTS: dict[str, list[str]] = {"portable": []}
+if X86:
+    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16}
 
 # Contraction off: a sum is the same on every processor that runs a variant. The two warnings are about the
 # compiler's own intrinsics.

@@ -14,20 +14,46 @@ constexpr int64_t QUERY_BLOCK = 24;   // queries whose scores are in flight; a m
 constexpr int64_t KEY_BLOCK = 512;
 constexpr float NEVER = -3e4f;  // the logit of a key of size 0
 
-// x[0 ... n) as floats, where they are already, or in `line`.
-ELISION_INLINE const float* as_floats(const float* x, int64_t, float*) { return x; }
+// x[0 ... n) as elements.
+ELISION_INLINE void as_elements(const float* x, int64_t n, float* out) {
+  if (n > 0) memcpy(out, x, sizeof(float) * static_cast<size_t>(n));  // without elements there may be no address
+}
 template <class T>
-ELISION_INLINE const float* as_floats(const T* x, int64_t n, float* line) {
+ELISION_INLINE void as_elements(const T* x, int64_t n, float* out) {
   int64_t k = 0;
-  for (; k + W <= n; k += W) store(line + k, load(x + k));
-  if (k < n) store(line + k, load(x + k, n - k), n - k);
-  return line;
+  for (; k + W <= n; k += W) store(out + k, load(x + k));
+  if (k < n) store(out + k, load(x + k, n - k), n - k);
 }
 
-// What as_floats found, in `to` in any case. Without elements there may be no address.
-ELISION_INLINE void keep_floats(const float* from, int64_t n, float* to) {
-  if (from != to && n > 0) memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
+// Rows `key` and up of v, as many as an element holds, side by side; `rows` of them exist.
+template <class T>
+ELISION_INLINE void as_elements(const T* v, int64_t stride, int64_t rows, int64_t n, float* out) {
+  if (rows > 0) as_elements(v, n, out);
+  (void)stride;
 }
+
+// Weights to multiply with: floats already.
+ELISION_INLINE void as_weights(const float*, int64_t, float*) {}
+
+#if defined(__AVX512BF16__)
+ELISION_INLINE void as_elements(const bf16* x, int64_t n, Pair* out) {
+  if (n > 0) memcpy(out, x, sizeof(bf16) * static_cast<size_t>(n));
+  if (n % 2 != 0) out[n / 2].bits &= 0xffff;
+}
+ELISION_INLINE void as_elements(const bf16* v, int64_t stride, int64_t rows, int64_t n, Pair* out) {
+  for (int64_t c = 0; c < n; ++c) {
+    const uint32_t next = rows > 1 ? v[stride + c].bits : 0;
+    out[c].bits = v[c].bits | next << 16;
+  }
+}
+ELISION_INLINE void as_weights(const float* x, int64_t n, Pair* out) {
+  bf16* to = reinterpret_cast<bf16*>(out);
+  int64_t k = 0;
+  for (; k + W <= n; k += W) store(to + k, load(x + k));
+  if (k < n) store(to + k, load(x + k, n - k), n - k);
+  if (n % 2 != 0) out[n / 2].bits &= 0xffff;
+}
+#endif
 
 template <class T>
 struct Attention {
@@ -36,10 +62,14 @@ struct Attention {
   int64_t chunks, chunk;
   float* bias;  // [size_batch, keys]: log(size)
 
+  using Element = typename Multiplied<T>::Element;
+  static constexpr int64_t STEP = Multiplied<T>::STEP;
+  static int64_t elements(int64_t numbers) { return (numbers + STEP - 1) / STEP; }
+
   // Scores of a block of queries against packed keys.
   struct Scores {
-    const float *q, *panel;
-    int64_t width, columns, stride;
+    const Element *q, *panel;
+    int64_t width, columns, stride;  // width: of a head, in elements
     float* out;
     template <int ROWS>
     ELISION_INLINE void tile(int64_t row) {
@@ -60,8 +90,8 @@ struct Attention {
 
   // out[row] += weights[row] v.
   struct Values {
-    const float *weights, *v;
-    int64_t keys, stride, columns;  // columns: value width, padded
+    const Element *weights, *v;
+    int64_t keys, stride, columns;  // keys and stride in elements; columns: value width, padded
     float* out;
     template <int ROWS>
     ELISION_INLINE void tile(int64_t row) {
@@ -152,42 +182,41 @@ struct Attention {
     const float* sizes = nullptr;
     if (bias != nullptr) sizes = bias + (args.size_batch == 1 ? 0 : sample / args.batch_per_size * keys);
 
-    const int64_t line_floats = larger(padded_columns(width), columns);
-    const size_t floats = static_cast<size_t>(stride * width + block * columns + QUERY_BLOCK * (stride + width) +
-                                              chunk * columns + 2 * chunk + line_floats + stride);
-    const Scratch memory(TASK_FLOATS, sizeof(float) * floats);
-    float* panel = static_cast<float*>(memory.data());
+    // Elements are as large as floats.
+    const int64_t depth = elements(width), lines = elements(block);
+    const size_t words = static_cast<size_t>(stride * depth + lines * columns + QUERY_BLOCK * (2 * stride + depth) +
+                                             chunk * columns + 2 * chunk + depth + stride);
+    const Scratch memory(TASK_FLOATS, sizeof(float) * words);
+    Element* panel = static_cast<Element*>(memory.data());
     if (panel == nullptr) return trouble.report(TROUBLE_MEMORY);
-    float* values = panel + stride * width;
-    float* scores = values + block * columns;
-    float* rows = scores + QUERY_BLOCK * stride;
-    float* sums = rows + QUERY_BLOCK * width;
+    Element* values = panel + stride * depth;
+    Element* rows = values + lines * columns;
+    Element* line = rows + QUERY_BLOCK * depth;
+    float* scores = reinterpret_cast<float*>(line + depth);
+    Element* weights = reinterpret_cast<Element*>(scores);  // in place where they stay floats
+    if (STEP > 1) weights = reinterpret_cast<Element*>(scores + QUERY_BLOCK * stride);
+    float* sums = scores + 2 * QUERY_BLOCK * stride;
     float* running = sums + chunk * columns;
     float* total = running + chunk;
-    float* line = total + chunk;
-    float* added = line + line_floats;
+    float* added = total + chunk;
     for (int64_t i = 0; i < chunk; ++i) running[i] = -__builtin_inff(), total[i] = 0.0f;
     memset(sums, 0, sizeof(float) * static_cast<size_t>(chunk * columns));
 
     for (int64_t first_key = 0; first_key < keys; first_key += block) {
       const int64_t here = smaller(block, keys - first_key);
-      pack_columns(here, width, panel, line, [&](int64_t j, float* to) {
-        const float* from = as_floats(k + (first_key + j) * args.k_stride[2], width, to);
-        keep_floats(from, width, to);
+      pack_columns(here, depth, panel, line, [&](int64_t j, Element* to) {
+        as_elements(k + (first_key + j) * args.k_stride[2], width, to);
       });
-      for (int64_t j = 0; j < here; ++j) {
-        float* to = values + j * columns;
-        const float* from = as_floats(v + (first_key + j) * args.v_stride[2], value_width, to);
-        keep_floats(from, value_width, to);
-        for (int64_t c = value_width; c < columns; ++c) to[c] = 0.0f;
+      for (int64_t j = 0; j < here; j += STEP) {
+        Element* to = values + j / STEP * columns;
+        as_elements(v + (first_key + j) * args.v_stride[2], args.v_stride[2], here - j, value_width, to);
+        for (int64_t c = value_width; c < columns; ++c) to[c] = Element{};
       }
       for (int64_t first = 0; first < queries; first += QUERY_BLOCK) {
         const int64_t n = smaller(QUERY_BLOCK, queries - first);
-        for (int64_t i = 0; i < n; ++i) {
-          const T* from = q + (first_query + first + i) * args.q_stride[2];
-          keep_floats(as_floats(from, width, rows + i * width), width, rows + i * width);
-        }
-        Scores product{rows, panel, width, here, stride, scores};
+        for (int64_t i = 0; i < n; ++i)
+          as_elements(q + (first_query + first + i) * args.q_stride[2], width, rows + i * depth);
+        Scores product{rows, panel, depth, here, stride, scores};
         for_row_tiles(n, product);
         for (int64_t i = 0; i < n; ++i) {
           const int64_t query = first_query + first + i;
@@ -203,12 +232,13 @@ struct Attention {
             extra = added;
           }
           const float factor = soften(scores + i * stride, here, extra, running + first + i, total + first + i);
+          as_weights(scores + i * stride, here, weights + i * elements(stride));
           if (first_key > 0) {
             float* old = sums + (first + i) * columns;
             for (int64_t c = 0; c < columns; c += W) store(old + c, mul(load(old + c), set(factor)));
           }
         }
-        Values weighted{scores, values, here, stride, columns, sums + first * columns};
+        Values weighted{weights, values, elements(here), elements(stride), columns, sums + first * columns};
         for_row_tiles(n, weighted);
       }
     }

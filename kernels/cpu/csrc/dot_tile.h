@@ -7,19 +7,49 @@ namespace ELISION_VARIANT {
 
 constexpr int TILE_COLUMNS = 2 * W;
 
+// How operands of a storage type are multiplied: as floats, or, where the processor can, as pairs of bf16 whose two
+// products are added to a float.
+template <class T>
+struct Multiplied {
+  using Element = float;
+  static constexpr int64_t STEP = 1;  // numbers in an element
+};
+ELISION_INLINE Vec load_elements(const float* p) { return load(p); }
+ELISION_INLINE Vec splat(float x) { return set(x); }
+ELISION_INLINE Vec accumulate(Vec x, Vec column, Vec acc) { return fma(x, column, acc); }
+
+#if defined(__AVX512BF16__)
+struct Pair {
+  uint32_t bits;
+};
+struct Pairs {
+  __m512bh v;
+};
+template <>
+struct Multiplied<bf16> {
+  using Element = Pair;
+  static constexpr int64_t STEP = 2;
+};
+ELISION_INLINE Pairs load_elements(const Pair* p) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(p))}; }
+ELISION_INLINE Pairs splat(Pair x) {
+  return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x.bits)))};
+}
+ELISION_INLINE Vec accumulate(Pairs x, Pairs column, Vec acc) { return {_mm512_dpbf16_ps(acc.v, x.v, column.v)}; }
+#endif
+
 // acc[i] += sum over k of a[i * a_stride + k] * b[k * b_stride + column] for COLUMNS vectors of columns, k ascending:
 // the result of a row and a column is the same to the bit whichever tile it stands in, so that equal tokens score
-// equally.
-template <int ROWS, int COLUMNS>
-ELISION_INLINE void dot_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+// equally. Strides and depth count elements.
+template <class E, int ROWS, int COLUMNS>
+ELISION_INLINE void dot_tile(const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth,
                              Vec (&acc)[ROWS][COLUMNS]) {
   for (int64_t k = 0; k < depth; ++k) {
-    Vec column[COLUMNS];
-    for (int j = 0; j < COLUMNS; ++j) column[j] = load(b + k * b_stride + j * W);
+    decltype(load_elements(b)) column[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) column[j] = load_elements(b + k * b_stride + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const Vec x = set(a[i * a_stride + k]);
-      for (int j = 0; j < COLUMNS; ++j) acc[i][j] = fma(x, column[j], acc[i][j]);
+      const auto x = splat(a[i * a_stride + k]);
+      for (int j = 0; j < COLUMNS; ++j) acc[i][j] = accumulate(x, column[j], acc[i][j]);
     }
   }
 }
@@ -38,14 +68,14 @@ ELISION_INLINE void for_row_tiles(int64_t rows, Body& body) {
   for (; row < rows; ++row) body.template tile<1>(row);
 }
 
-// `rows` rows of x as columns: out[column / TILE_COLUMNS][k][column % TILE_COLUMNS], what is left over zero.
-// take(row) says where a row begins; `prepare` (row, out) writes it as `depth` floats.
-template <class Prepare>
-ELISION_INLINE void pack_columns(int64_t rows, int64_t depth, float* out, float* line, const Prepare& prepare) {
+// Rows as columns: out[column / TILE_COLUMNS][k][column % TILE_COLUMNS], what is left over zero. prepare(row, line)
+// writes a row as `depth` elements.
+template <class E, class Prepare>
+ELISION_INLINE void pack_columns(int64_t rows, int64_t depth, E* out, E* line, const Prepare& prepare) {
   for (int64_t first = 0; first < rows; first += TILE_COLUMNS) {
-    float* panel = out + first * depth;
+    E* panel = out + first * depth;
     const int64_t here = smaller<int64_t>(TILE_COLUMNS, rows - first);
-    if (here < TILE_COLUMNS) memset(panel, 0, sizeof(float) * static_cast<size_t>(depth * TILE_COLUMNS));
+    if (here < TILE_COLUMNS) memset(panel, 0, sizeof(E) * static_cast<size_t>(depth * TILE_COLUMNS));
     for (int64_t j = 0; j < here; ++j) {
       prepare(first + j, line);
       for (int64_t k = 0; k < depth; ++k) panel[k * TILE_COLUMNS + j] = line[k];

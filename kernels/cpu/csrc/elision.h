@@ -109,7 +109,7 @@ ELISION_API int elision_attention(const elision_attention_args* args, const elis
 // Our own threads, for hosts that lend none: *runner uses at most `threads` of them, the caller's included.
 ELISION_API void elision_own_threads(int threads, elision_runner* runner);
 
-// "avx512", "avx2" or "portable": the variant in use. ELISION_ISA in the environment asks for one.
+// "avx512_bf16", "avx512", "avx2" or "portable": the variant in use. ELISION_ISA in the environment asks for one.
 ELISION_API const char* elision_variant(void);
 // The variants that this processor runs, separated by spaces.
 ELISION_API const char* elision_variants(void);

@@ -17,6 +17,7 @@ DECLARE(portable)
 #if defined(ELISION_X86)
 DECLARE(avx2)
 DECLARE(avx512)
+DECLARE(avx512_bf16)
 #endif
 #undef DECLARE
 
@@ -32,11 +33,14 @@ bool runs_avx512() {
 }
 #endif
 
+constexpr int MOST = 4;  // variants
+
 // Best first.
 int usable(const Kernels** found) {
   int count = 0;
 #if defined(ELISION_X86)
   __builtin_cpu_init();
+  if (runs_avx512() && __builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::kernels;
   if (runs_avx512()) found[count++] = &avx512::kernels;
   if (runs_avx2()) found[count++] = &avx2::kernels;
 #endif
@@ -46,7 +50,7 @@ int usable(const Kernels** found) {
 
 // A variant that is asked for but cannot run here is not taken: the hosts compare elision_variant() with the wish.
 const Kernels& choose() {
-  const Kernels* found[3];
+  const Kernels* found[MOST];
   const int count = usable(found);
   const char* wish = getenv("ELISION_ISA");
   for (int i = 0; wish != nullptr && i < count; ++i)
@@ -157,7 +161,7 @@ const char* elision_variant(void) { return kernels().name; }
 
 const char* elision_variants(void) {
   static const std::string all = [] {
-    const Kernels* found[3];
+    const Kernels* found[MOST];
     const int count = usable(found);
     std::string text;
     for (int i = 0; i < count; ++i) text += (i ? " " : "") + std::string(found[i]->name);
