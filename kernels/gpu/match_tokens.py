@@ -14,15 +14,24 @@ from ..ops.match_tokens import OP, check_order, identity, sides
 from .launch import INTERPRETED, register, size_class, tuned, wrap_triton
 from .selection import select_and_write
 
-# BLOCK_D is one and the same: which products are added up in which order must not hang on the tuning.
-BLOCK_D = 64
+# bytes of an element -> channels per step, and (A per block, B per block, warps, stages) to choose from. The step is
+# one and the same for all choices: which products are added up in which order must not hang on the tuning.
+TABLE: dict[int, tuple[int, tuple[tuple[int, int, int, int], ...]]] = {
+    2: (64, ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2))),
+    4: (32, ((64, 64, 8, 2), (32, 64, 4, 3), (128, 64, 8, 2))),
+}
 CONFIGS = [
-    triton.Config({"BLOCK_A": 32, "BLOCK_B": 64, "BLOCK_D": BLOCK_D}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_D": BLOCK_D}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_D": BLOCK_D}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_A": 64, "BLOCK_B": 128, "BLOCK_D": BLOCK_D}, num_warps=8, num_stages=2),
-    triton.Config({"BLOCK_A": 128, "BLOCK_B": 128, "BLOCK_D": BLOCK_D}, num_warps=8, num_stages=2),
+    triton.Config(
+        {"BLOCK_A": a, "BLOCK_B": b, "BLOCK_D": step, "ITEM": item}, num_warps=warps, num_stages=stages
+    )
+    for item, (step, choices) in TABLE.items()
+    for a, b, warps, stages in choices
 ]
+
+
+def fits(config: triton.Config, arguments: dict[str, Any]) -> bool:
+    """Is the configuration meant for this element type?"""
+    return config.kwargs["ITEM"] == arguments["metric"].element_size()
 
 
 @triton.jit
@@ -31,7 +40,7 @@ def inverse_length(squares):
     return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), 1e-12))
 
 
-@tuned(CONFIGS, ["width", "length_class"])
+@tuned(CONFIGS, ["width", "length_class"], fits)
 @triton.jit
 def best_partner(
     metric,  # [B, N, D] float32, float16 or bfloat16
@@ -50,6 +59,7 @@ def best_partner(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ITEM: tl.constexpr,
 ):
     """One program owns BLOCK_A tokens of A of one sample: their highest cosine over B, and the first B that has it.
 
@@ -84,7 +94,7 @@ def best_partner(
         score = product * inverse_length(b_squares)[None, :]
         score = tl.where((j < count_b)[None, :] & (score == score), score, float("-inf"))
         top = tl.max(score, axis=1)
-        place = tl.min(tl.where(score == top[:, None], j[None, :], 0x7FFFFFFF), axis=1)
+        place = tl.min(tl.where(score == tl.expand_dims(top, 1), j[None, :], 0x7FFFFFFF), axis=1)
         where = tl.where(top > highest, place, where)
         highest = tl.maximum(top, highest)
     highest = highest * inverse_length(a_squares)

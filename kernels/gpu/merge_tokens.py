@@ -18,8 +18,8 @@ LINK_CONFIGS = [
     triton.Config({"BLOCK_E": 128, "BLOCK_J": 64}, num_warps=8, num_stages=2),
 ]
 MERGE_CONFIGS = [
-    triton.Config({"BLOCK_S": 4, "BLOCK_F": 256}, num_warps=4, num_stages=2),
     triton.Config({"BLOCK_S": 8, "BLOCK_F": 128}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_S": 2, "BLOCK_F": 512}, num_warps=4, num_stages=2),
     triton.Config({"BLOCK_S": 1, "BLOCK_F": 1024}, num_warps=4, num_stages=2),
     triton.Config({"BLOCK_S": 16, "BLOCK_F": 64}, num_warps=4, num_stages=2),
 ]
@@ -136,7 +136,7 @@ def merge_rows(
     total = tl.where((own > 0)[:, None], kept.to(tl.float32) * own[:, None], 0.0)
     received = tl.zeros([BLOCK_S], tl.float32)
     at = tl.load(follower + s, mask=there, other=-1)
-    while tl.max(at, axis=0) >= 0:
+    while tl.max(at, axis=0) >= 0:  # type: ignore[operator]
         on = at >= 0
         position = tl.load(source + at, mask=on, other=0)
         weight = size_of(size, position, on, HAS_SIZE)

@@ -22,7 +22,7 @@ RANK_CONFIGS = [
 WRITE_CONFIGS = [
     triton.Config({"BLOCK_I": 64, "BLOCK_J": 64}, num_warps=4, num_stages=2),
     triton.Config({"BLOCK_I": 32, "BLOCK_J": 128}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_I": 128, "BLOCK_J": 64}, num_warps=8, num_stages=2),
+    triton.Config({"BLOCK_I": 64, "BLOCK_J": 128}, num_warps=8, num_stages=2),
 ]
 
 

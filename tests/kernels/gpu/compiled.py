@@ -94,7 +94,7 @@ def launches(op: str, operands: list[tuple[tuple[int, ...], torch.dtype] | None]
     return found
 
 
-def build(launch: Launch, config: triton.Config, target: Target) -> Any:
+def build(launch: Launch, config: triton.Config, target: Target, **more: Any) -> Any:
     """The kernel compiled for the target, specialised as a launch would: for lengths that 16 divides, and ones."""
     function = launch.kernel.fn
     given = {**launch.arguments, **config.kwargs}
@@ -113,7 +113,7 @@ def build(launch: Launch, config: triton.Config, target: Target) -> Any:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **more}
     return triton.compile(ASTSource(function, signature, constants, attributes), target.gpu, options)
 
 

@@ -1,0 +1,80 @@
+"""Every configuration of every Triton kernel compiles for the GPUs we name, without spills and in shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+# ruff: noqa: E402  (what follows needs Triton)
+triton = pytest.importorskip("triton", reason="Triton comes with torch for GPUs only")
+import torch
+
+from .compiled import TARGETS, Launch, build, launches, resources
+
+F32, F16, BF16, I32 = torch.float32, torch.float16, torch.bfloat16, torch.int32
+DTYPES = (F16, BF16, F32)
+SPARE = 16
+"""Bytes of a thread that may spill: to fit one more block on a processor, ptxas moves a register or two to memory; in
+which kernel hangs on its version. More than that is a block too large."""
+MAPS = [((8, 208), I32), ((8, 192), I32), ((8, 16), I32)]
+Call = tuple[str, list[Any], dict[str, Any]]
+
+
+def _attention(width: int, dtype: torch.dtype, mask: Any, size: bool, causal: bool) -> Call:
+    features = ((4, 12, 1024, width), dtype)
+    masks = None if mask is None else ((4, 1, 1024, 1024), mask)
+    return "attention", [features] * 3 + [masks, ((4, 1024), F32) if size else None], {"causal": causal}
+
+
+def calls(dtype: torch.dtype) -> dict[str, Call]:
+    """The ways to launch the kernels that differ in what is compiled, by name."""
+    x = ((8, 208, 768), dtype)
+    found: dict[str, Call] = {
+        "match": ("match_tokens", [((8, 4096, 64), dtype)], {"r": 1024, "prefix": 1}),
+        "match, no prefix": ("match_tokens", [((8, 4096, 768), dtype)], {"r": 1024}),
+        "match, original order": ("match_tokens", [((8, 197, 64), dtype)], {"r": 16, "order": "original"}),
+        "merge": ("merge_tokens", [x, ((8, 208), F32), *MAPS], {"axis": 1}),
+        "merge, no sizes": ("merge_tokens", [x, None, *MAPS], {"axis": 1}),
+        "restore": ("restore_tokens", [((8, 192, 768), dtype), ((8, 208), I32)], {"axis": 1}),
+    }
+    for width in (64, 80, 128, 256):
+        found[f"attention {width}"] = _attention(width, dtype, None, True, False)
+        found[f"attention {width}, no sizes"] = _attention(width, dtype, None, False, False)
+        found[f"attention {width}, causal"] = _attention(width, dtype, None, False, True)
+        found[f"attention {width}, bool mask, causal"] = _attention(width, dtype, torch.bool, True, True)
+        found[f"attention {width}, added mask"] = _attention(width, dtype, dtype, True, False)
+    return found
+
+
+def check(launch: Launch, config: Any, target: str) -> None:
+    need = resources(build(launch, config, TARGETS[target]))
+    about = f"{launch.name}, {config}, {target}: {need}"
+    assert 0 < need.registers <= TARGETS[target].registers, about
+    assert need.shared_bytes <= TARGETS[target].shared, about
+    assert need.spilled_bytes <= SPARE, about
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["match", "merge", "restore", "attention 64"])
+def test_the_first_configuration_compiles(name: str, target: str) -> None:
+    for launch in launches(*calls(F16)[name]):
+        check(launch, launch.configs()[0], target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", list(calls(F16)))
+def test_every_configuration_compiles(name: str, dtype: torch.dtype, target: str) -> None:
+    for launch in launches(*calls(dtype)[name]):
+        for config in launch.configs():
+            check(launch, config, target)
+
+
+@pytest.mark.parametrize(("target", "limit"), [("cuda80", {"maxnreg": 32}), ("gfx942", {"waves_per_eu": 8})])
+def test_spills_are_seen(target: str, limit: dict[str, int]) -> None:
+    """The measure itself: with fewer registers than the kernel needs, it reports spills."""
+    launch = launches(*calls(F16)["match"])[0]
+    need = resources(build(launch, launch.configs()[0], TARGETS[target], **limit))
+    assert need.spilled_bytes > 4 * SPARE and need.registers <= 64
