@@ -51,11 +51,12 @@ bench: $(STAMP)demo
 support: $(STAMP)test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.support
 
-# auditwheel names the oldest Linux that the library runs on; where it finds none, the plain wheel stays.
+# auditwheel, with patchelf on the PATH, names the oldest Linux that the library runs on; where it finds none, the plain
+# wheel stays.
 wheel: $(STAMP)demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
 	ELISION_BUILD=require $(BIN)/python -m build --wheel --outdir dist/plain
-	$(BIN)/python -m auditwheel repair --wheel-dir dist dist/plain/elision-*.whl || cp dist/plain/elision-*.whl dist/
+	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist dist/plain/elision-*.whl || cp dist/plain/elision-*.whl dist/
 
 clean:
 	rm -f kernels/cpu/libelision.so
