@@ -31,7 +31,7 @@ TABLE: dict[tuple[int, int, bool], tuple[int, tuple[tuple[int, int, int], ...]]]
     (4, 128, False): (16, ((32, 4, 2), (32, 8, 2))),
     (4, 128, True): (16, ((32, 8, 2), (16, 4, 1))),
     (4, 256, False): (16, ((16, 4, 2), (16, 8, 2))),
-    (4, 256, True): (16, ((16, 8, 2), (16, 8, 1))),
+    (4, 256, True): (16, ((16, 8, 2),)),
 }
 CONFIGS = [
     triton.Config(

@@ -28,21 +28,34 @@ def tuned(
 ) -> Callable[[Any], Any]:
     """Autotune a kernel over `configs`, anew for every value of the arguments `key`.
 
-    fits(config, arguments): is the configuration one for this call? The interpreter takes the first that is."""
+    fits(config, arguments): is the configuration one for this call?"""
+    if fits is None:
+        return triton.autotune(list(configs), list(key))
 
     def prune(given: list[Any], named: dict[str, Any], **others: Any) -> list[Any]:
-        assert fits is not None
-        chosen = [c for c in given if fits(c, {**named, **others})]
-        return chosen[:1] if INTERPRETED else chosen
+        return [c for c in given if fits(c, {**named, **others})]
 
-    if fits is None:
-        return triton.autotune(list(configs[:1] if INTERPRETED else configs), list(key))
     return triton.autotune(list(configs), list(key), prune_configs_by={"early_config_prune": prune})
+
+
+class _Interpreted:
+    """A tuned kernel in the interpreter, where there is nothing to tune: the first configuration that fits."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(**arguments: Any) -> None:
+            prune = self.kernel.early_config_prune
+            configs = prune(self.kernel.configs, {}, **arguments) if prune else self.kernel.configs
+            self.kernel.fn[grid](**arguments, **configs[0].kwargs)
+
+        return launch
 
 
 def wrap_triton(kernel: Any) -> Any:
     """The kernel as torch traces it. (Named as torch's: torch finds an op's kernels by this name.)"""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    return _Interpreted(kernel) if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
 def size_class(length: Any) -> Any:
