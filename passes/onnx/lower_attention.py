@@ -17,6 +17,7 @@ from ..ir.graph import Dim
 from ..ir.onnx_dialect import DOMAIN, OP, make_node, op_and_attributes
 from ..ir.onnx_shapes import MALFORMED, numpy_dtype
 from ..lowering import ONNXRUNTIME, Table, attention_class
+from .lower_packed import part_of
 from .surgery import Declined, Editor, operand, used
 
 SWAP = [0, 2, 1, 3]
@@ -230,19 +231,10 @@ def flat_source(ed: Editor, value: ir.Value | None) -> Joined | None:
 
 def packed_source(ed: Editor, value: ir.Value | None) -> Joined | None:
     """Part i of [b, n, 3 * h * d], by way of [b, n, 3, h, d] and [3, b, h, n, d]."""
-    part, stacked = -1, None
-    select = ed.made_by(value, "Gather")
-    if select is not None and select.attributes.get_int("axis", 0) == 0:
-        number = ed.number(select.inputs[1]) if ed.shape(select.inputs[1]) == () else None
-        if number is None:
-            return None
-        part, stacked = int(number) % 3, select.inputs[0]
-    squeeze = ed.made_by(value, "Squeeze")
-    split = ed.made_by(squeeze.inputs[0], "Split") if squeeze is not None else None
-    if split is not None and squeeze is not None and len(split.outputs) == 3:
-        if split.attributes.get_int("axis", 0) != 0:
-            return None
-        part, stacked = split.outputs.index(squeeze.inputs[0]), split.inputs[0]  # type: ignore[arg-type]
+    found = part_of(ed, value)
+    if found is None:
+        return None
+    stacked, part = found
     swap = ed.made_by(stacked, "Transpose")
     view = ed.made_by(swap.inputs[0], "Reshape") if swap is not None else None
     if swap is None or view is None or list(swap.attributes.get_ints("perm", [])) != [2, 0, 3, 1, 4]:
@@ -250,4 +242,4 @@ def packed_source(ed: Editor, value: ir.Value | None) -> Joined | None:
     before, after, source = ed.shape(view.inputs[0]), ed.shape(view.outputs[0]), view.inputs[0]
     if source is None or before is None or after is None or len(before) != 3 or before[:2] != after[:2]:
         return None
-    return Joined(ed, source, part) if after[2] == 3 else None
+    return Joined(ed, source, part % 3) if after[2] == 3 else None

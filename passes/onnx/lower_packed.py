@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ..ir.graph import static
 from ..ir.onnx_shapes import MALFORMED, numpy_dtype
 from ..lowering import ONNXRUNTIME, Table, rows_class
-from .surgery import Editor
+from .surgery import Editor, operand
 
 APART, PACKED = "apart", "packed"
 STACK = [2, 0, 3, 1, 4]
@@ -89,22 +89,39 @@ def part_users(ed: Editor, stacked: ir.Value, count: int) -> list[list[ir.Value]
         return None
     for use in stacked.uses():
         node = use.node
-        if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0 and use.idx == 0:
-            number = ed.number(node.inputs[1]) if ed.shape(node.inputs[1]) == () else None
-            if number is None:
+        squeezed = (
+            [ed.user(out, "Squeeze") for out in node.outputs] if node.op_type in ("Split", "Slice") else []
+        )
+        for out in [squeeze.outputs[0] for squeeze in squeezed if squeeze is not None] or node.outputs:
+            part = part_of(ed, out)
+            if part is None or part[0] is not stacked or None in squeezed:
                 return None
-            found[int(number) % count].append(node.outputs[0])
-        elif (
-            node.op_type == "Split" and node.attributes.get_int("axis", 0) == 0 and len(node.outputs) == count
-        ):
-            for index, out in enumerate(node.outputs):
-                squeeze = ed.user(out, "Squeeze")
-                if squeeze is None:
-                    return None
-                found[index].append(squeeze.outputs[0])
-        else:
-            return None
+            found[part[1] % count].append(out)
     return found
+
+
+def part_of(ed: Editor, value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """(stacked, i) where `value` is stacked[i], in the spellings that exporters write."""
+    select = ed.made_by(value, "Gather")
+    if select is not None and select.inputs[0] is not None and select.attributes.get_int("axis", 0) == 0:
+        number = ed.number(select.inputs[1]) if ed.shape(select.inputs[1]) == () else None
+        return None if number is None else (select.inputs[0], int(number))
+    squeeze = ed.made_by(value, "Squeeze")
+    if squeeze is None or len(squeeze.inputs) < 2 or ed.env.known_ints(squeeze.inputs[1]) != [0]:
+        return None
+    cut = ed.made_by(squeeze.inputs[0], "Split", "Slice")
+    source = cut.inputs[0] if cut is not None else None
+    if cut is None or source is None or squeeze.inputs[0] is None:
+        return None
+    if cut.op_type == "Split":
+        lengths = [ed.env.need(out)[0] for out in cut.outputs]
+        if cut.attributes.get_int("axis", 0) != 0 or any(length != 1 for length in lengths):
+            return None
+        return source, cut.outputs.index(squeeze.inputs[0])
+    bounds = [ed.env.known_ints(operand(cut, i)) for i in (1, 2, 3)]
+    if bounds[2] != [0] or bounds[0] is None or len(bounds[0]) != 1 or ed.env.need(cut.outputs[0])[0] != 1:
+        return None
+    return source, bounds[0][0]
 
 
 def projection_of(ed: Editor, packed: ir.Value) -> Projection | None:

@@ -36,14 +36,19 @@ def feed(**more: np.ndarray) -> dict[str, np.ndarray]:
     return {"x": x, **more}
 
 
-def attention(mask: list[int] | None = None, dtype: int = TensorProto.FLOAT, packed: bool = False) -> Builder:
+def attention(mask: list[int] | None = None, dtype: int = TensorProto.FLOAT, packed: str = "") -> Builder:
     """One self-attention between a projection in and one out, in operator set 23."""
     b = Builder(23)
     x = b.input("x", [B, N, C])
     if packed:
         y = b("Add", b("MatMul", x, b.weight(C, 3 * C)), b.weight(3 * C))
         y = b("Transpose", b("Reshape", y, b.ints(0, 0, 3, H, D)), perm=[2, 0, 3, 1, 4])
-        parts = [b("Gather", y, b.const(i, np.int64), axis=0) for i in range(3)]
+        if packed == "gather":
+            parts = [b("Gather", y, b.const(i, np.int64), axis=0) for i in range(3)]
+        elif packed == "split":
+            parts = [b.squeeze(part, [0]) for part in b.split(y, [1, 1, 1], 0)]
+        else:
+            parts = [b.squeeze(b("Slice", y, b.ints(i), b.ints(i + 1), b.ints(0)), [0]) for i in range(3)]
     else:
         parts = [
             b(
@@ -148,19 +153,24 @@ def test_a_cache_stays_and_so_does_the_operator_set() -> None:
 
 
 # ---- packed projections ------------------------------------------------------------------------------
-def test_a_packed_projection_becomes_three() -> None:
-    model, counts, _ = lowered(attention(packed=True), forced("packed_linear", "apart"))
+PACKED = ["gather", "split", "slices"]
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_a_packed_projection_becomes_three(form: str) -> None:
+    model, counts, _ = lowered(attention(packed=form), forced("packed_linear", "apart"))
     assert counts == {"packed projections apart": 1, "joined_attention": 1}
     assert kinds(model) == ["MatMul", "Add"] * 3 + ["joined_attention", "MatMul"]
-    wanted = run(attention(packed=True).model(), feed())[0]
+    wanted = run(attention(packed=form).model(), feed())[0]
     np.testing.assert_allclose(run(model, feed())[0], wanted, atol=1e-5)
 
 
-def test_a_packed_projection_is_cut_where_that_is_as_fast() -> None:
-    model, counts, _ = lowered(attention(packed=True), forced("packed_linear", "packed"))
+@pytest.mark.parametrize("form", PACKED)
+def test_a_packed_projection_is_cut_where_that_is_as_fast(form: str) -> None:
+    model, counts, _ = lowered(attention(packed=form), forced("packed_linear", "packed"))
     assert "packed projections apart" not in counts
     assert kinds(model) == ["MatMul", "Add", "Split", "joined_attention", "MatMul"]
-    wanted = run(attention(packed=True).model(), feed())[0]
+    wanted = run(attention(packed=form).model(), feed())[0]
     np.testing.assert_allclose(run(model, feed())[0], wanted, atol=1e-5)
 
 
