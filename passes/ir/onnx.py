@@ -295,7 +295,7 @@ def is_constant_node(node: ir.Node | None) -> bool:
 def target_of(node: ir.Node) -> str:
     """The host's own name of what a node does; for a dialect node the op, whichever function says it."""
     if node.domain == onnx_dialect.DOMAIN:
-        return f"{node.domain}.{node.metadata_props.get(onnx_dialect.OP, node.op_type)}"
+        return f"{node.domain}.{onnx_dialect.op_and_attributes(node)[0]}"
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 

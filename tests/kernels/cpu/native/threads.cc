@@ -1,6 +1,8 @@
 // Many callers at once, each with threads of its own: the results are those of one caller on one thread.
+#include <dirent.h>
 #include <sys/wait.h>
 
+#include <atomic>
 #include <thread>
 #include <vector>
 
@@ -51,6 +53,15 @@ struct Chain {
   }
 };
 
+int threads_of_process() {
+  DIR* tasks = opendir("/proc/self/task");
+  CHECK(tasks != nullptr);
+  int count = -2;  // "." and ".."
+  while (readdir(tasks) != nullptr) ++count;
+  closedir(tasks);
+  return count;
+}
+
 }  // namespace
 
 void test_threads() {
@@ -64,17 +75,26 @@ void test_threads() {
   for (std::thread& caller : callers) caller.join();
 }
 
+// While another thread is at work, and may hold any lock.
 void test_fork() {
   const Chain expected(3);
-  for (int i = 0; i < 3; ++i) {
+  std::atomic<bool> enough{false};
+  std::thread other([&] {
+    while (!enough) CHECK(Chain(3).equals(expected));
+  });
+  for (int i = 0; i < 5; ++i) {
     const pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0) {
       alarm(60);  // a child that waits for its parent's threads would wait for ever
-      _exit(Chain(3).equals(expected) ? 0 : 1);
+      const int alone = threads_of_process();
+      const bool right = Chain(3).equals(expected);
+      _exit(right && alone == 1 && threads_of_process() == 3 ? 0 : 1);
     }
     int status = -1;
     CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
     CHECK(Chain(3).equals(expected));
   }
+  enough = true;
+  other.join();
 }
