@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,10 +79,32 @@ def register(op: OpDef, implementation: Callable[..., Any]) -> None:
 
     # torch looks for the kernels in the source of the function, through `__wrapped__`.
     checked.__wrapped__ = implementation  # type: ignore[attr-defined]
+    checked.__signature__ = signature(op)  # type: ignore[attr-defined]
     torch.library.triton_op(
         f"{NAMESPACE}::{op.name}", checked, mutates_args={}, schema=op.schema.removeprefix(op.name)
     )
     add_fake_and_gradient(op, NAMESPACE, fake=False)
+
+
+def signature(op: OpDef) -> inspect.Signature:
+    """The op's schema as a Python signature: torch 2.11 reads it off the function whatever schema it is given."""
+    kinds = inspect.Parameter
+    parameters = []
+    for name in op.inputs:
+        plain = name.removesuffix("?")
+        default, kind = (kinds.empty, Tensor) if plain == name else (None, Tensor | None)
+        parameters.append(kinds(plain, kinds.POSITIONAL_OR_KEYWORD, default=default, annotation=kind))
+    if any(
+        a.default is not kinds.empty and b.default is kinds.empty for a, b in itertools.pairwise(parameters)
+    ):
+        parameters = [p.replace(default=kinds.empty) for p in parameters]  # as OpDef.schema has it
+    for attr in op.attrs:
+        default = kinds.empty if attr.default is None else attr.default
+        kind = int if attr.default is None else type(attr.default)
+        parameters.append(kinds(attr.name, kinds.KEYWORD_ONLY, default=default, annotation=kind))
+    one = len(op.outputs) == 1
+    returns = Tensor if one else tuple[tuple(Tensor for _ in op.outputs)]  # type: ignore[misc]
+    return inspect.Signature(parameters, return_annotation=returns)
 
 
 class Rows:
