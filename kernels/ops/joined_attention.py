@@ -27,11 +27,12 @@ def joined_attention(
     """q [b, n, heads * d], k [b, m, kv_heads * d], v [b, m, kv_heads * e] -> [b, n, heads * e].
 
     `attention` of the split heads, joined again. mask broadcasts to [b, heads, n, m], size is [b or 1, m]."""
-    split = [
+    split = (
         x.unflatten(2, (count, -1)).transpose(1, 2)
         for x, count in zip((q, k, v), (heads, kv_heads, kv_heads))
-    ]
-    return attention(*split, mask, size, scale=scale, causal=causal).transpose(1, 2).flatten(2)
+    )
+    q, k, v = split
+    return attention(q, k, v, mask, size, scale=scale, causal=causal).transpose(1, 2).flatten(2)
 
 
 def _shapes(shapes: list[Any], attrs: dict[str, Any]) -> list[Shape]:
