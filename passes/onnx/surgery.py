@@ -38,10 +38,11 @@ class Editor:
         self.env = env
         self.counts: dict[str, int] = {}
         self.near_misses: list[str] = []
-        self._names = {v.name for v in [*model.graph.inputs, *model.graph.initializers.values()]}
+        values = [*model.graph.inputs, *model.graph.initializers.values()]
         for node in model.graph:
-            self._names.update(out.name for out in node.outputs)
-        self._node_names = {node.name for node in model.graph}
+            values += node.outputs
+        self._names = {v.name for v in values if v.name is not None}
+        self._node_names = {node.name for node in model.graph if node.name is not None}
 
     @property
     def graph(self) -> ir.Graph:
