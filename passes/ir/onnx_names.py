@@ -84,7 +84,7 @@ UNARY_AND_BROADCAST = [
 ]  # fmt: skip
 
 
-def unique_in(names: set[str], base: str) -> str:
+def unique_in(names: set[str | None] | set[str], base: str) -> str:
     """A name that is not in `names` yet, `base` if it is free; it is added to them."""
     name, count = base, 1
     while name in names:
