@@ -12,7 +12,7 @@ from typing import Any
 ISA = "ELISION_ISA"
 """The environment variable that asks for a variant: avx512, avx2 or portable. Read when the library loads."""
 
-ABI = 2
+ABI = 3
 NAME = "libelision.so"
 
 FLOAT32, BOOL, FLOAT16, BFLOAT16 = 1, 9, 10, 16
@@ -109,6 +109,8 @@ def _loaded() -> tuple[Any, str]:
         function.argtypes = [POINTER(struct), POINTER(Runner), c_char_p, c_size_t]
     library.elision_own_threads.argtypes = [c_int, POINTER(Runner)]
     library.elision_own_threads.restype = None
+    library.elision_borrow_threads.argtypes = [c_void_p]
+    library.elision_borrow_threads.restype = None
     for name in ("elision_variant", "elision_variants"):
         getattr(library, name).restype = c_char_p
     wish = os.environ.get(ISA, "")
@@ -152,3 +154,13 @@ def call(name: str, args: Structure, threads: int) -> None:
     library.elision_own_threads(threads, ctypes.byref(runner))
     if getattr(library, name)(ctypes.byref(args), ctypes.byref(runner), error, len(error)):
         raise ValueError(error.value.decode())
+
+
+def borrow_threads(openmp: Path) -> bool:
+    """Run on the threads of this OpenMP library (GNU's), if the process has loaded it already; else on our own."""
+    try:
+        address = ctypes.CDLL(str(openmp), mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+    except (OSError, AttributeError):
+        return False
+    _need().elision_borrow_threads(ctypes.cast(address, c_void_p))
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ DTYPES = {
 FLOATS = ("float32", "float16", "bfloat16")
 
 library.variant()  # RuntimeError here where there is no library
+for _openmp in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+    library.borrow_threads(_openmp)
 _LIBRARY = torch.library.Library(NAMESPACES[TORCH_CPU], "DEF")
 
 

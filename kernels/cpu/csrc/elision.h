@@ -106,8 +106,13 @@ ELISION_API int elision_restore(const elision_restore_args* args, const elision_
 ELISION_API int elision_attention(const elision_attention_args* args, const elision_runner* runner, char* error,
                                   size_t room);
 
-// Our own threads, for hosts that lend none: *runner uses at most `threads` of them, the caller's included.
+// Threads for hosts that bring none: *runner uses at most `threads` of them, the caller's included.
 ELISION_API void elision_own_threads(int threads, elision_runner* runner);
+
+// GOMP_parallel of the OpenMP library that the host runs on; from then on *runner above uses the threads of that, in
+// this process and not in its forks. Null: our own pool.
+typedef void (*elision_parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+ELISION_API void elision_borrow_threads(elision_parallel parallel);
 
 // "avx512_bf16", "avx512", "avx2" or "portable": the variant in use. ELISION_ISA in the environment asks for one.
 ELISION_API const char* elision_variant(void);

@@ -184,5 +184,5 @@ void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* de
   }
 }
 
-int elision_abi(void) { return 2; }
+int elision_abi(void) { return 3; }
 }

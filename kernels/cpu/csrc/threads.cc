@@ -1,6 +1,8 @@
-// Our own threads, for hosts that lend none (torch by way of ctypes).
+// Threads for hosts whose calls bring none (torch by way of ctypes).
 //
-// One pool serves the process. A caller that finds it busy does its tasks by itself, so that callers never wait for
+// Torch's threads are those of its OpenMP library: idle ones still turn for a while behind its own loops, so that others
+// would fight them for the cores, and they begin within a microsecond. Where the host hands us that library's way in, our
+// tasks run on them. Elsewhere one pool of our own serves the process. A caller that finds it busy does its tasks by itself, so that callers never wait for
 // each other; results do not depend on who does a task.
 #include <pthread.h>
 
@@ -79,7 +81,11 @@ class Pool {
 // A forked child has none of its parent's threads, and a lock may be held by one that it lacks: it gets a pool of its
 // own. Pools are never destroyed, their threads may outlive main.
 std::atomic<Pool*> current{nullptr};
-const int hooked = pthread_atfork(nullptr, nullptr, [] { current = nullptr; });
+std::atomic<elision_parallel> lent{nullptr};
+const int hooked = pthread_atfork(nullptr, nullptr, [] {
+  current = nullptr;
+  lent = nullptr;  // libgomp waits forever for threads that a child does not have
+});
 
 Pool& pool() {
   Pool* found = current;
@@ -91,9 +97,27 @@ Pool& pool() {
   return *found;
 }
 
+struct Job {
+  elision_task task;
+  void* data;
+  size_t count;
+  std::atomic<size_t> next;
+  static void work(void* self) {
+    Job& job = *static_cast<Job*>(self);
+    for (size_t i = job.next.fetch_add(1); i < job.count; i = job.next.fetch_add(1)) job.task(job.data, i);
+  }
+};
+
 void run_own(void* self, elision_task task, void* data, size_t count) {
   static_cast<void>(hooked);
-  pool().run(static_cast<int>(reinterpret_cast<intptr_t>(self)), task, data, count);
+  const int threads = static_cast<int>(reinterpret_cast<intptr_t>(self));
+  const elision_parallel parallel = lent;
+  if (parallel != nullptr && threads > 1 && count > 1) {
+    Job job{task, data, count, {0}};
+    // All of torch's threads, few tasks or many: a smaller team would end the others.
+    return parallel(Job::work, &job, static_cast<unsigned>(threads), 0);
+  }
+  pool().run(threads, task, data, count);
 }
 
 }  // namespace
@@ -103,3 +127,5 @@ extern "C" void elision_own_threads(int threads, elision_runner* runner) {
   runner->run = elision::run_own;
   runner->self = reinterpret_cast<void*>(static_cast<intptr_t>(threads < 1 ? 1 : threads));
 }
+
+extern "C" void elision_borrow_threads(elision_parallel parallel) { elision::lent = parallel; }
