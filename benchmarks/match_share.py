@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from analysis_speed import Block
 from elision.runtime.backend import register_decompositions
-from elision.runtime.bench import interleave, timing
-from one_op import WAYS, Case, ways
+from elision.runtime.bench import timing
+from one_op import WAYS, Case, interleave_hosts, ways
 
 
 def run(quick: bool = False) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         sides: dict[str, Any] = {"block": lambda: block(x)}
         for op, case in steps.items():
             sides |= {f"{op}, {way}": call for way, call in ways(op, case, WAYS).items()}
-        times = interleave(sides, rounds=10 if quick else 60, seconds=120)
+        times = interleave_hosts(sides, 10 if quick else 60)
     medians = {name: timing(name, runs).median_ms for name, runs in times.items()}
     total = {way: sum(ms for name, ms in medians.items() if name.endswith(f", {way}")) for way in WAYS}
     share = total["C++ in torch"] / medians["block"]

@@ -88,13 +88,22 @@ def floors(case: Case, results: Sequence[torch.Tensor]) -> dict[str, Callable[[]
     return sides
 
 
+def interleave_hosts(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Runs in turn, torch's among themselves and ONNX Runtime's: idle threads of either turn for a while after a run,
+    and would slow down the other's."""
+    times: dict[str, list[float]] = {}
+    for onnx in (False, True):
+        mine = {name: run for name, run in sides.items() if name.endswith("ONNX Runtime") is onnx}
+        times |= interleave(mine, rounds=rounds, warm_up=5, seconds=20)
+    return times
+
+
 def measure(op: str, case: Case, rounds: int, wanted: Sequence[str] = WAYS) -> dict[str, Any]:
     """Medians in milliseconds of every way, and the floor."""
     register_decompositions()
     results = as_list(getattr(torch.ops.elision, op)(*case.operands, **case.attrs))
     with torch.no_grad():
-        sides = {**ways(op, case, wanted), **floors(case, results)}
-        times = interleave(sides, rounds=rounds, warm_up=3, seconds=20)
+        times = interleave_hosts({**ways(op, case, wanted), **floors(case, results)}, rounds)
     medians = {name: timing(name, runs).median_ms for name, runs in times.items()}
     copy, product = medians.pop("copy"), medians.pop("product", 0.0)
     by_flops = case.flops / (2 * 768**3) * product

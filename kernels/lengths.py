@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 from typing import Any
@@ -41,6 +42,7 @@ def plain(a: Dim) -> Dim:
     return int(a) if isinstance(a, sympy.Integer) else a
 
 
+@functools.lru_cache(maxsize=1024)
 def fraction(ratio: float) -> Fraction:
     """The fraction a user means by `ratio`: 0.3 is 3/10, not the binary number next to it.
 
