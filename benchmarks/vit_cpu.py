@@ -30,7 +30,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         report = backend.reports[-1]["report"]
         times = interleave(
             {"inductor": lambda: theirs(x), "patch": lambda: tome(x), "elision": lambda: ours(x)},
-            rounds=7 if quick else 25,
+            rounds=7 if quick else 40,
             seconds=240,
         )
     result = compare({side: times[side] for side in ("inductor", "elision")})

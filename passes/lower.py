@@ -117,6 +117,9 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
                 reason = f"{name}: {reason}"
             elif choice is not None and choice.form != KERNEL:
                 reason = f"{name}: ATen is as fast at this size"
+            elif choice is None and target == TORCH_CUDA:
+                # GPUs differ too much for a guess, and none was measured where the defaults come from.
+                reason = f"{name}: not measured on this GPU (elision tune-kernels --target torch-cuda)"
         if name in kernels and not reason:
             graph.retarget(op, kernels[name].overload)  # type: ignore[attr-defined]
             outcome.changed = True

@@ -5,7 +5,8 @@ than the form it is measured against (for torch the op's own ATen, eager or comp
 the operation in `elision.runtime.tune_onnx`).
 
 Machine: AMD EPYC, AVX-512, onnxruntime 1.32.0 on one thread with other work beside it, torch 2.14.1 on two with none;
-medians of the ratios of interleaved runs. A GPU has no measurement yet: there every kernel that takes an op is used.
+medians of the ratios of interleaved runs. A GPU has no
+measurement yet: there ATen stays until one is made.
 """
 
 from __future__ import annotations

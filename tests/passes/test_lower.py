@@ -169,6 +169,16 @@ def test_a_kernel_that_refuses_and_one_that_is_slower_stay_away(kernels):
     assert "match_tokens: too narrow" in done.passes[0].notes
 
 
+def test_on_a_gpu_only_what_was_measured_there_is_taken(kernels):
+    done = report(FxGraph.trace(Matches(), (X,)), "lower{target=torch-cuda}", (X,))
+    assert not done.changed
+    assert any("not measured on this GPU" in note for note in done.passes[0].notes)
+    measured = {"torch-cuda": {"match_tokens": {"float32 tokens=16 width=8": ["kernel", 2.0]}}}
+    found = Table.from_json(measured, "a test")
+    done = report(FxGraph.trace(Matches(), (X,)), "lower{target=torch-cuda}", (X,), table=found)
+    assert done.passes[0].statistics["match_tokens as torch-cuda kernel"] == 1
+
+
 def test_nothing_to_lower_is_said_and_is_no_error():
     done = report(FxGraph.trace(torch.nn.ReLU(), (X,)), "lower", (X,))
     assert not done.changed
