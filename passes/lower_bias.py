@@ -13,6 +13,10 @@ from typing import Any
 from .ir.graph import Graph, Op, Value
 
 
+WIDE = ("float32", "float64")
+"""Types in which a product may be rounded before its bias is added; in shorter ones that would cost precision."""
+
+
 def set_biases_apart(graph: Graph) -> int:
     """Rewrite a torch graph in place; returns how many linears lost their bias to an addition."""
     import torch
@@ -20,7 +24,9 @@ def set_biases_apart(graph: Graph) -> int:
     host: Any = graph
     count = 0
     for op in list(graph.ops_of("linear")):
-        if op.target != "aten.linear" or op.operand(2) is None or not fuses(op.output, graph.outputs):
+        if op.target != "aten.linear" or op.operand(2) is None or op.output.dtype not in WIDE:
+            continue
+        if not fuses(op.output, graph.outputs):
             continue
         x, weight, bias = op.inputs[:3]
         product = host.insert_call(torch.ops.aten.linear.default, [x, weight], after=op)

@@ -61,3 +61,9 @@ def test_inductor_does_not_put_them_back(lowered: tuple[nn.Module, FxGraph, Tens
     with torch.no_grad():
         _, code = run_and_get_code(torch.compile(graph.to_module()), x)
     assert code[0].count("extern_kernels.mm(") == 2 and code[0].count("extern_kernels.addmm(") == 2
+
+
+def test_short_types_keep_their_bias() -> None:
+    """The product would be rounded twice."""
+    graph = FxGraph.trace(Block().eval().bfloat16(), (torch.randn(2, 7, 16).bfloat16(),))
+    assert set_biases_apart(graph) == 0
