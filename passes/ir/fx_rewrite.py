@@ -39,6 +39,8 @@ def rewrite(module: fx.GraphModule) -> None:
             _Rewriter(module.graph, node, mode).index()
         elif name == "aten::gather":
             _Rewriter(module.graph, node, mode).gather()
+        elif name == "aten::index_put":
+            _Rewriter(module.graph, node, mode).index_put()
 
 
 def take_apart(
@@ -107,6 +109,19 @@ class _Rewriter:
     def finish(self, result: fx.Node) -> None:
         self.node.replace_all_uses_with(result)
         self.graph.erase_node(self.node)
+
+    def index_put(self) -> None:
+        """One value written where a mask as large as the whole is true: a choice between the two, place by place."""
+        call = fx_call.Call(self.node)
+        x, indices, values = call["self"], call["indices"], call["values"]
+        if len(indices) != 1 or not isinstance(indices[0], fx.Node) or call["accumulate"]:
+            return
+        whole, mask, value = (n.meta["val"] for n in (x, indices[0], values))
+        # A mask of as many axes is as long on each: index_put takes no other.
+        if mask.dtype != torch.bool or mask.dim() != whole.dim() or value.dim() != 0:
+            return
+        if value.dtype == whole.dtype:
+            self.finish(self.call(aten.where.self, indices[0], values, x))
 
     def sizes(self, node: fx.Node) -> list[Any]:
         shape = node.meta["val"].shape

@@ -185,9 +185,17 @@ def _embedding(c: Call) -> Spec:
 # ---- writing into a copy -----------------------------------------------------------------------------
 @row("index_put", "_unsafe_index_put")
 def _index_put(c: Call) -> Spec:
-    axes = tuple(i for i, index in enumerate(c["indices"]) if index is not None)
-    indices: list[Path] = [("indices", i) for i in axes]
-    return Spec("scatter", [*at("self", "values"), *indices], {"axes": axes})
+    axes: list[int] = []
+    indices: list[Path] = []
+    axis = 0
+    for place, index in enumerate(c["indices"]):
+        # A mask stands for as many axes as it has.
+        covered = index.meta["val"].dim() if index is not None and index.meta["val"].dtype == torch.bool else 1
+        if index is not None:
+            axes += range(axis, axis + covered)
+            indices.append(("indices", place))
+        axis += covered
+    return Spec("scatter", [*at("self", "values"), *indices], {"axes": tuple(axes)})
 
 
 @row("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
