@@ -5,6 +5,7 @@ The sentences are repeated in docs/support.md, which `make support` writes from 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -237,10 +238,14 @@ def test_weights_and_inputs_depend_on_names_only() -> None:
 
 
 def test_the_support_page_is_current(zoo_folder: Path) -> None:
-    """Run `make support` where this fails."""
+    """Run `make support` where this fails. How values are called differs between versions of torch."""
+
+    def nameless(text: str) -> str:
+        return re.sub(r"%\w+", "%value", text)
+
     assert page().exists()
     written = rows_of(page().read_text(encoding="utf-8"))
     assert list(written) == list(ZOO)
     for name in FAST:
         outcomes = [merged(ZOO[name], host, zoo_folder) for host in HOSTS]
-        assert written[name] == row(ZOO[name], outcomes)
+        assert nameless(written[name]) == nameless(row(ZOO[name], outcomes))

@@ -209,6 +209,8 @@ def unpinned(env: ShapeEnv | None) -> Iterator[None]:
     env.var_to_range.update(ranges)
     del env.guards[guards:]
     env._update_version_counter()
-    if hasattr(env, "_replacements_version_counter"):  # torch 2.14: lengths remember what they were replaced by
+    if hasattr(
+        env, "_replacements_version_counter"
+    ):  # torch 2.14: lengths remember what they were replaced by
         env._replacements_version_counter += 1
     raise VerificationError(f"the dynamic length {symbol} would be fixed to {value}")

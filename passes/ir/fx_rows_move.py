@@ -190,7 +190,9 @@ def _index_put(c: Call) -> Spec:
     axis = 0
     for place, index in enumerate(c["indices"]):
         # A mask stands for as many axes as it has.
-        covered = index.meta["val"].dim() if index is not None and index.meta["val"].dtype == torch.bool else 1
+        covered = (
+            index.meta["val"].dim() if index is not None and index.meta["val"].dtype == torch.bool else 1
+        )
         if index is not None:
             axes += range(axis, axis + covered)
             indices.append(("indices", place))
