@@ -13,7 +13,7 @@ namespace elision {
 namespace {
 
 constexpr std::align_val_t LINE{64};
-constexpr int SLOTS = 4;
+constexpr int SLOTS = 3;
 
 struct Kept {
   void* data = nullptr;

@@ -44,7 +44,7 @@ struct Kernels {
 };
 
 // Scratch slots.
-enum { CALL_FLOATS, CALL_INDICES, TASK_FLOATS, TASK_MORE };
+enum { CALL_FLOATS, CALL_INDICES, TASK_FLOATS };
 
 // What the first failing task of a call says. Tasks only set it; the caller reads it when all are done.
 struct Trouble {
