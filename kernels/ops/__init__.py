@@ -8,6 +8,7 @@ from typing import Any
 from ..definition import OpDef
 from . import (
     attention,
+    cached_attention,
     gathers,
     joined_attention,
     match_grid_tokens,
@@ -36,6 +37,7 @@ _ALL = (
     pool_tokens.OP,
     attention.OP,
     joined_attention.OP,
+    cached_attention.OP,
 )
 
 OPS: dict[str, OpDef] = {op.name: op for op in _ALL}

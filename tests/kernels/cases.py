@@ -10,6 +10,8 @@ import torch
 from elision.kernels import OPS
 from torch import Tensor
 
+from .step_cases import STEPS
+
 
 @dataclass(frozen=True)
 class Case:
@@ -299,5 +301,9 @@ def _joined() -> list[Case]:
     return found
 
 
-CASES = [*_matching(), *_maps(), *_attention(), *_joined()]
+def _steps() -> list[Case]:
+    return [Case("cached_attention", step.label, step.make, step.attrs or {}) for step in STEPS]
+
+
+CASES = [*_matching(), *_maps(), *_attention(), *_joined(), *_steps()]
 assert {case.op for case in CASES} == set(OPS)
