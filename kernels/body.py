@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 FLOAT, INT64, INT32, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL
+UINT8 = TensorProto.UINT8
 FLOATS = (FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 """What the C++ kernels compute with."""
 
@@ -57,6 +58,11 @@ class Body:
         number = self("Constant")
         self.nodes[-1].attribute.add(name="value_int", ref_attr_name=name, type=onnx.AttributeProto.INT)
         return self.unsqueeze(number, 0)
+
+    def refer(self, attribute: str, name: str) -> None:
+        """The latest node gets its int attribute from the one called `name` of the node that calls the function."""
+        self.references.add(name)
+        self.nodes[-1].attribute.add(name=attribute, ref_attr_name=name, type=onnx.AttributeProto.INT)
 
     # ---- shapes --------------------------------------------------------------------------------------
     def length(self, x: str, axis: int) -> str:

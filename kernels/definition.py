@@ -49,6 +49,7 @@ class OpDef:
     custom: by operand, the element types that our library of custom ops takes. ONNX Runtime gives it every function of
     the op's name, so one for other types has another name.
     full_precision: runs outside autocast, which must not blur which tokens are alike.
+    pinned: attributes that repeat lengths which the function body must know as numbers, from the operands' shapes.
     opaque_shapes: the reference's symbolic shapes are correct but roundabout; shape propagation takes `shapes`.
     source: where the op was described first.
     """
@@ -66,6 +67,7 @@ class OpDef:
     traffic: Callable[[list[Any], Attributes], Any] | None = None
     custom: dict[int, tuple[int, ...]] = field(default_factory=dict)
     full_precision: bool = True
+    pinned: Callable[[list[Any], Attributes], Attributes] | None = None
     opaque_shapes: bool = False
     source: str = ""
     _cache: dict[str, onnx.FunctionProto] = field(default_factory=dict, repr=False, compare=False)
@@ -94,6 +96,10 @@ class OpDef:
                 raise ValueError(f"{self.name} needs the attribute {name!r}")
             full[name] = attrs.get(name, attr.default)
         return full
+
+    def pin(self, shapes: Sequence[Shape | None], attrs: Attributes) -> Attributes:
+        """The attributes of a node for operands of these shapes, with what it repeats of them."""
+        return attrs if self.pinned is None else {**attrs, **self.pinned(self._operands(shapes), attrs)}
 
     def spelled_out(self, *operands: Any, **attrs: Any) -> Any:
         """The reference, called as the torch op is: attributes that equal their default may be left out."""

@@ -11,6 +11,9 @@ from . import (
     cached_attention,
     gathers,
     joined_attention,
+    linear_nbits,
+    linear_rows,
+    linear_topk,
     match_grid_tokens,
     match_padded_tokens,
     match_tokens,
@@ -38,6 +41,9 @@ _ALL = (
     attention.OP,
     joined_attention.OP,
     cached_attention.OP,
+    linear_nbits.OP,
+    linear_rows.OP,
+    linear_topk.OP,
 )
 
 OPS: dict[str, OpDef] = {op.name: op for op in _ALL}

@@ -52,6 +52,8 @@ def make_node(model: ir.Model, op: str, inputs: Sequence[ir.Value | None], attrs
         if value.shape is None or value.dtype is None:
             raise Refused(f"{op} needs the rank and type of %{value.name}, which are not known")
         signature.append((len(value.shape), int(value.dtype)))
+    pin = getattr(found, "pin", None)
+    attrs = attrs if pin is None else pin([None if v is None else v.shape for v in inputs], attrs)
     proto = found.onnx_function(signature, attrs, opset)
     add_function(model, proto)
     complete = getattr(found, "complete", None)

@@ -10,6 +10,7 @@ import torch
 from elision.kernels import OPS
 from torch import Tensor
 
+from .linear_cases import linear_calls
 from .step_cases import STEPS
 
 
@@ -305,5 +306,5 @@ def _steps() -> list[Case]:
     return [Case("cached_attention", step.label, step.make, step.attrs or {}) for step in STEPS]
 
 
-CASES = [*_matching(), *_maps(), *_attention(), *_joined(), *_steps()]
+CASES = [*_matching(), *_maps(), *_attention(), *_joined(), *_steps(), *(Case(*call) for call in linear_calls())]
 assert {case.op for case in CASES} == set(OPS)

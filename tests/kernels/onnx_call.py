@@ -16,6 +16,7 @@ from torch import Tensor
 def model(op: str, operands: list[Tensor | None], attrs: dict[str, Any], opset: int = 20) -> onnx.ModelProto:
     """A checked model of one node; every axis of every input is dynamic."""
     definition = OPS[op]
+    attrs = definition.pin([None if t is None else tuple(t.shape) for t in operands], attrs)
     names = [n.removesuffix("?") for n in definition.inputs]
     types = [None if t is None else helper.np_dtype_to_tensor_dtype(t.numpy().dtype) for t in operands]
     signature = [None if t is None else (t.dim(), d) for t, d in zip(operands, types)]
