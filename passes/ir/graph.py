@@ -7,13 +7,15 @@ and passes see only what is written here. `docs/ir.md` lists the canonical kinds
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
 import numpy as np
 import sympy
+
+from ..errors import ElisionError
 
 Dim = int | sympy.Expr
 """An axis length: an int where it is static, a sympy expression where it is symbolic."""
@@ -127,7 +129,8 @@ class Graph(abc.ABC):
 
     @abc.abstractmethod
     def copy(self) -> Graph:
-        """An independent copy: editing one leaves the other as it was (weights are shared)."""
+        """An independent copy: editing one leaves the other as it was (weights are shared). Values keep their
+        names."""
 
     @abc.abstractmethod
     def verify(self) -> None:
@@ -174,7 +177,60 @@ class Graph(abc.ABC):
     def remove_dead(self) -> int:
         """Remove ops that reach no output; returns how many."""
 
+    # ---- inputs and outputs --------------------------------------------------------------------------
+    def evaluate(self, values: Sequence[Value], feeds: Mapping[Value, np.ndarray]) -> list[np.ndarray]:
+        """The data of `values` when the inputs in `feeds` hold these arrays: only what is behind `values` runs,
+        and symbolic lengths follow the arrays. Every input that `values` depend on must be fed, one they take
+        only a length from too. Bits are those of the host's own plain operators; bfloat16 comes as ml_dtypes'.
+        The graph is not changed. Raises ElisionError when it cannot run (one line: the host's reason)."""
+        raise ElisionError(f"a graph of {self.host} cannot be evaluated in part")
+
+    def add_input(self, name: str, dtype: str, shape: Sequence[Dim | str]) -> Value:
+        """A new input behind the present ones. A string in `shape` is a new symbolic length of that name, the
+        same for the same string in all of this graph's calls; a sympy dim must be one the graph knows."""
+        raise ElisionError(f"a graph of {self.host} cannot be given inputs")
+
+    def insert_plain(
+        self, kind: str, inputs: Sequence[Value], attrs: dict[str, Any], *, after: Op | None
+    ) -> Value:
+        """Insert one of the host's own operators right after `after` (None: before every op). kind and attrs:
+        gather {axis} (indices int64 [n], within the axis), reshape {shape}, expand {shape}, transpose {perm},
+        cast {dtype}; a shape's dims may be symbolic. Returns its output."""
+        raise ElisionError(f"a graph of {self.host} cannot be given plain ops")
+
+    def set_signature(
+        self, inputs: Sequence[tuple[str, Value]], outputs: Sequence[tuple[str, Value]]
+    ) -> None:
+        """Let the graph take exactly these inputs, positionally and in this order, and give these outputs as one
+        flat list, all under the given names (a host that cannot spell a name keeps it in `input_names` and
+        `output_names`). Dead ops go first. A length read off an input that goes is read off another input or
+        value of the same length; raises Refused when an input that goes is still needed otherwise."""
+        raise ElisionError(f"a graph of {self.host} cannot be given another signature")
+
+    def fix_length(self, value: Value, axis: int, length: int) -> None:
+        """Let the symbolic length of input `value`'s `axis` be the number `length`, everywhere in the graph.
+        The view is built anew: ops and values that the caller holds are void."""
+        raise ElisionError(f"a graph of {self.host} cannot have a length fixed")
+
     # ---- shared --------------------------------------------------------------------------------------
+    def replace_uses(self, old: Value, new: Value) -> None:
+        """Let every use of `old`, graph outputs too, be a use of `new`. Shapes further down are not refreshed."""
+        for op, index in list(old.users):
+            self.set_operand(op, index, new)
+        for index, value in enumerate(self.outputs):
+            if value is old:
+                self.replace_output(index, new)
+
+    @property
+    def input_names(self) -> list[str]:
+        """The names of the inputs, in order, as `set_signature` was told them."""
+        return [value.name for value in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """The names of the outputs, in order, as `set_signature` was told them."""
+        return [value.name for value in self.outputs]
+
     def values(self) -> Iterator[Value]:
         seen: set[int] = set()
         for op in self.ops:
