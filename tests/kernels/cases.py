@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from elision.kernels import OPS
+from elision.kernels.ops.gated import FUNCTIONS
 from torch import Tensor
 
 from .linear_cases import linear_calls
-from .step_cases import STEPS
+from .step_cases import JOINED, STEPS
 
 
 @dataclass(frozen=True)
@@ -303,8 +304,29 @@ def _joined() -> list[Case]:
 
 
 def _steps() -> list[Case]:
-    return [Case("cached_attention", step.label, step.make, step.attrs or {}) for step in STEPS]
+    return [
+        *(Case("cached_attention", step.label, step.make, step.attrs or {}) for step in STEPS),
+        *(Case("joined_cached_attention", case.label, case.make, case.all_attrs) for case in JOINED),
+    ]
 
 
-CASES = [*_matching(), *_maps(), *_attention(), *_joined(), *_steps(), *(Case(*call) for call in linear_calls())]
+def _gated() -> list[Case]:
+    cases = [
+        Case("gated", fn, lambda: [torch.randn(2, 5, 6), torch.randn(2, 5, 6)], {"fn": fn})
+        for fn in FUNCTIONS
+    ]
+    cases.append(Case("gated", "packed", lambda: [torch.randn(2, 5, 12)], {"fn": "silu"}))
+    cases.append(Case("gated", "packed half", lambda: [torch.randn(5, 12).half()], {"fn": "gelu_tanh"}))
+    return cases
+
+
+CASES = [
+    *_matching(),
+    *_maps(),
+    *_attention(),
+    *_joined(),
+    *_steps(),
+    *_gated(),
+    *(Case(*call) for call in linear_calls()),
+]
 assert {case.op for case in CASES} == set(OPS)

@@ -55,3 +55,57 @@ def _all() -> list[Step]:
 
 
 STEPS = _all()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One call of joined_cached_attention. rotary: (kind, channels)."""
+
+    label: str
+    step: Step
+    rotary: tuple[int, int] = (0, 0)
+    norm: str = ""
+    packed: bool = False
+    flat: bool = False
+    dtype: torch.dtype = torch.float32
+    attrs: dict[str, Any] | None = None
+
+    @property
+    def all_attrs(self) -> dict[str, Any]:
+        own = {"heads": self.step.heads, "kv_heads": self.step.shared, "rotary": self.rotary[0]}
+        return {**own, **(self.step.attrs or {}), **(self.attrs or {})}
+
+    def make(self) -> list[Tensor | None]:
+        step = self.step
+        q, k, v, *rest = step.make()
+        joined = [x.transpose(1, 2).flatten(2).to(self.dtype) for x in (q, k, v) if x is not None]
+        first = [torch.cat(joined, -1), None, None] if self.packed else joined
+        rest += [None] * (6 - len(rest))
+        rows = len(step.rows.seen)
+        shape = (rows, self.rotary[1]) if self.flat else (1, rows, self.rotary[1])
+        turn = [torch.randn(shape), torch.randn(shape)] if self.rotary[0] else [None, None]
+        wide = {"": 0, "head": step.width, "all": step.width * step.heads}[self.norm]
+        narrow = wide if self.norm == "head" else step.width * step.shared
+        norms = [torch.randn(wide), torch.randn(narrow)] if self.norm else [None, None]
+        return [*first, *rest, *turn, *norms]
+
+
+def _joined() -> list[Joined]:
+    forest = steps.trees(CAPACITY, [(9, 6), (4, 5), (0, 3)], padding=2)
+    plain = Step("", forest, heads=6, shared=2)
+    return [
+        Joined("plain", plain),
+        Joined("packed", Step("", forest, heads=6, shared=2, value_width=6), packed=True),
+        Joined("halves", plain, rotary=(1, 8)),
+        Joined("packed halves", plain, rotary=(1, 8), packed=True, flat=True),
+        Joined("part of the halves", plain, rotary=(1, 4), packed=True),
+        Joined("pairs", plain, rotary=(2, 8)),
+        Joined("part of the pairs", plain, rotary=(2, 6), flat=True),
+        Joined("norm per head", plain, (1, 8), "head", packed=True, attrs={"eps": 1e-5, "norm_offset": 1.0}),
+        Joined("norm of all heads", plain, (1, 8), "all"),
+        Joined("window and bias", Step("", forest, 4, 2, 8, 8, (4, 9), attrs={"window": 7}), (1, 8)),
+        Joined("half", Step("", forest, 4, 2, cache=torch.float16), (1, 8), dtype=torch.float16),
+    ]
+
+
+JOINED = _joined()
