@@ -21,8 +21,8 @@ OUTSIDE = {"open", "print", "input", "exec", "InferenceSession", "system", "Pope
 OUTSIDE_METHODS = {"read_text", "write_text", "read_bytes", "write_bytes", "unlink", "mkdir", "rmdir"}
 OUTSIDE_METHODS |= {"InferenceSession", "Popen"}
 OUTSIDE_MODULES = {"subprocess", "socket", "urllib", "requests", "tempfile", "shutil"}
-# onnx/fold.py lets onnxruntime compute constants, so that folding gives what the run would have given.
-ALLOWED = {Path("passes/onnx/io.py"), Path("passes/onnx/fold.py")}
+# ir/onnx_run.py lets onnxruntime compute constants, so that folding gives what the run would have given.
+ALLOWED = {Path("passes/onnx/io.py"), Path("passes/ir/onnx_run.py")}
 
 # Words that would mean that a pass knows a model, a class of one, or a parameter of one by name.
 MODELS = re.compile(

@@ -7,17 +7,19 @@ that a graph of thousands of operations stays cheap to edit. `docs/ir.md` has th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 
 from ..errors import Refused
-from . import onnx_check, onnx_dialect, onnx_lengths, onnx_text
-from .graph import Graph, Op, Value
+from . import onnx_check, onnx_dialect, onnx_lengths, onnx_state, onnx_text
+from .graph import Dim, Graph, Op, Value
 from .onnx_kinds import classify
 from .onnx_names import unique_in
+from .onnx_run import captured
 from .onnx_shapes import ShapeEnv, constant_tensor, numpy_dtype, tensor_shape
 
 
@@ -33,8 +35,11 @@ class OnnxGraph(Graph):
         self._values: dict[ir.Value, Value] = {}
         self._by_node: dict[ir.Node, Op] = {}
         self._slots: dict[Op, list[int]] = {}  # where op.inputs[i] stands among the node's inputs
-        self._names = {v.name for v in self._raw_values()} | {n.name for n in model.graph}
-        self._names.discard(None)
+        self.names = {v.name for v in self.raw_values()} | {n.name for n in model.graph}
+        self.names.discard(None)
+        self.lengths: dict[
+            str, sympy.Expr
+        ] = {}  # the symbols of inputs that were added, by the names asked for
         self.inputs = [self._value(v) for v in model.graph.inputs if v.name not in model.graph.initializers]
         for node in model.graph:
             if not is_constant_node(node):
@@ -43,7 +48,7 @@ class OnnxGraph(Graph):
         self.outputs = [self._value(v) for v in model.graph.outputs]
 
     # ---- building the view ---------------------------------------------------------------------------
-    def _raw_values(self) -> list[ir.Value]:
+    def raw_values(self) -> list[ir.Value]:
         graph = self.model.graph
         found = [*graph.inputs, *graph.initializers.values()]
         for node in graph:
@@ -86,8 +91,7 @@ class OnnxGraph(Graph):
         op.shape_inputs = [
             self._value(r) for r in (node.inputs[i] for i in facts.shape_operands) if r is not None
         ]
-        captured = captured_values(node)
-        op.inputs += [self._value(r) for r in captured]
+        op.inputs += [self._value(r) for r in captured(node)]
         op.outputs = [self._value(out) for out in node.outputs]
         for index, value in enumerate(op.outputs):
             value.producer, value.index = op, index
@@ -99,10 +103,13 @@ class OnnxGraph(Graph):
 
     def unique_name(self, base: str) -> str:
         """A name that no value or node of the graph has yet."""
-        return unique_in(self._names, base)
+        return unique_in(self.names, base)
 
     def op_of(self, node: ir.Node) -> Op:
         return self._by_node[node]
+
+    def value_of(self, raw: ir.Value) -> Value:
+        return self._value(raw)
 
     # ---- reading -------------------------------------------------------------------------------------
     def constant_value(self, value: Value) -> np.ndarray | None:
@@ -126,7 +133,9 @@ class OnnxGraph(Graph):
                 env.shapes[theirs] = self.env.shapes[mine]
             if mine in self.env.data:
                 env.data[theirs] = self.env.data[mine]
-        return OnnxGraph(clone, env=env)
+        graph = OnnxGraph(clone, env=env)
+        graph.lengths.update(self.lengths)
+        return graph
 
     def verify(self) -> None:
         """Structure, shapes and dtypes; raises VerificationError."""
@@ -218,14 +227,14 @@ class OnnxGraph(Graph):
             raw = self.insert_node("Identity", [raw], after=after)[0].raw
         graph.outputs[index] = raw
         if old not in graph.outputs:
-            self._rename(old, self.unique_name(f"{name}_before"))
-            self._names.discard(name)
-            self._rename(raw, name)
+            self.rename(old, self.unique_name(f"{name}_before"))
+            self.names.discard(name)
+            self.rename(raw, name)
         self.outputs[index] = self._value(raw)
 
-    def _rename(self, raw: ir.Value, name: str) -> None:
+    def rename(self, raw: ir.Value, name: str) -> None:
         raw.name = name
-        self._names.add(name)
+        self.names.add(name)
         if raw in self._values:
             self._values[raw].name = name
 
@@ -243,7 +252,7 @@ class OnnxGraph(Graph):
         self._describe(op.raw)
 
     def add_output(self, value: Value, name: str) -> None:
-        if name in self._names and value.name != name:
+        if name in self.names and value.name != name:
             raise Refused(f"the graph already has a value named '{name}'")
         raw: ir.Value = value.raw
         if raw.name != name or raw.is_graph_output() or raw.producer() is None:
@@ -251,6 +260,37 @@ class OnnxGraph(Graph):
             raw = self.insert_node("Identity", [raw], after=after, names=[name])[0].raw
         self.model.graph.outputs.append(raw)
         self.outputs.append(self._value(raw))
+
+    # ---- inputs and outputs --------------------------------------------------------------------------
+    def evaluate(self, values: Sequence[Value], feeds: Mapping[Value, np.ndarray]) -> list[np.ndarray]:
+        return onnx_state.evaluate(self, values, feeds)
+
+    def add_input(self, name: str, dtype: str, shape: Sequence[Dim | str]) -> Value:
+        self.inputs.append(self._value(onnx_state.add_input(self, name, dtype, shape)))
+        return self.inputs[-1]
+
+    def insert_plain(
+        self, kind: str, inputs: Sequence[Value], attrs: dict[str, Any], *, after: Op | None
+    ) -> Value:
+        return onnx_state.insert_plain(self, kind, inputs, attrs, after)
+
+    def set_signature(
+        self, inputs: Sequence[tuple[str, Value]], outputs: Sequence[tuple[str, Value]]
+    ) -> None:
+        onnx_state.set_signature(self, inputs, outputs)
+
+    def fix_length(self, value: Value, axis: int, length: int) -> None:
+        onnx_state.fix_length(self, value.raw, axis, length)
+        lengths = self.lengths
+        OnnxGraph.__init__(self, self.model, env=self.env)
+        self.lengths.update(lengths)
+
+    def replace_uses(self, old: Value, new: Value) -> None:
+        for use in list(old.raw.uses()):
+            use.node.replace_input_with(use.idx, new.raw)
+            if use.node in self._by_node:
+                self._describe(use.node)
+        super().replace_uses(old, new)
 
     def remove_dead(self) -> int:
         graph = self.model.graph
@@ -285,7 +325,7 @@ class OnnxGraph(Graph):
         for out in op.outputs:
             self._values.pop(out.raw, None)
             self.env.forget(out.raw)
-            self._names.discard(out.name)
+            self.names.discard(out.name)
 
 
 def is_constant_node(node: ir.Node | None) -> bool:
@@ -297,23 +337,3 @@ def target_of(node: ir.Node) -> str:
     if node.domain == onnx_dialect.DOMAIN:
         return f"{node.domain}.{onnx_dialect.op_and_attributes(node)[0]}"
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-
-
-def captured_values(node: ir.Node) -> list[ir.Value]:
-    """Values of the outer graph that the bodies of an If, Loop or Scan read."""
-    found: dict[ir.Value, None] = {}
-    for attr in node.attributes.values():
-        if not isinstance(attr, ir.Attr) or attr.type not in (
-            ir.AttributeType.GRAPH,
-            ir.AttributeType.GRAPHS,
-        ):
-            continue
-        for body in attr.as_graphs() if attr.type == ir.AttributeType.GRAPHS else [attr.as_graph()]:
-            for inner in body.all_nodes():
-                for value in inner.inputs:
-                    if value is not None and value.graph is node.graph:
-                        found[value] = None
-            for value in body.outputs:
-                if value.graph is node.graph:
-                    found[value] = None
-    return list(found)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..errors import ElisionError
+from ..ir.onnx_run import run_model
 from ..ir.onnx_shapes import constant_tensor, tensor_shape
 from .surgery import Editor
 
@@ -206,8 +208,6 @@ def affordable(ed: Editor, node: ir.Node) -> bool:
 
 def evaluate(ed: Editor, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[np.ndarray] | None:
     """The values of `wanted`; None when ONNX Runtime cannot run these nodes."""
-    import onnxruntime
-
     mapping: dict[ir.Value, ir.Value] = {}
     initializers: list[ir.Value] = []
     copies: list[ir.Node] = []
@@ -241,20 +241,12 @@ def evaluate(ed: Editor, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[n
         opset_imports=dict(ed.model.opset_imports),
         name="constants",
     )
-    proto = ir.to_proto(ir.Model(graph, ir_version=min(ed.model.ir_version or 10, 10)))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
     try:
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        results = session.run(None, {})
-    except Exception as error:
+        return run_model(ir.Model(graph, ir_version=min(ed.model.ir_version or 10, 10)), {}, optimise=True)
+    except ElisionError as error:
         # Not an error of the user's: the nodes simply stay in the graph.
-        ed.near_misses.append(f"constants left unfolded: {str(error).splitlines()[0][:160]}")
+        ed.near_misses.append(f"constants left unfolded: {error}")
         return None
-    return [np.asarray(r) for r in results]
 
 
 def remove_idle(ed: Editor) -> None:
