@@ -265,6 +265,8 @@ class Cutter:
             self._check(op, out_level)
             self.crossing.put(op.output, out_level)
             return
+        if op.attrs.get("softcap"):
+            raise Refused(f"{op.target} (%{op.name}) caps its scores, so that sizes of tokens cannot go into them")
         scale = op.attrs.get("scale")
         attrs = {"scale": float(scale) if scale else 0.0, "causal": bool(op.attrs.get("causal", False))}
         self.crossing.cursor = op

@@ -44,8 +44,9 @@ KINDS: dict[str, str] = {
     "select": "x. axis, index: one position, the axis is gone",
     "gather": "x, indices: numpy.take along axis (indices' axes replace it). axis",
     "embedding": "table[v, c], ids[...] -> [..., c]",
-    "attention": "q[..., h, n, d], k[..., hk, m, d], v[..., hk, m, e], mask?. scale, causal; mask is bool "
-    "(True: may attend) or additive and broadcasts to [..., h, n, m]; hk divides h",
+    "attention": "q[..., h, n, d], k[..., hk, m, d], v[..., hk, m, e], mask?. scale, causal, softcap (only where "
+    "scores are capped: softcap * tanh(scores / softcap), before the mask); mask is bool (True: may attend) or "
+    "additive and broadcasts to [..., h, n, m]; hk divides h",
     "conv": "x[b, c, *spatial], weight, bias? (also conv_transpose). spatial: the spatial axes of x and output",
     "spatial": "x: pooling, resize, pad, roll, pixel shuffle, cumsum, sort, fold: mixes positions along `axes`",
     "scatter": "x, ...: writes into a copy of x along `axes`",

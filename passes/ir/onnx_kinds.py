@@ -160,15 +160,16 @@ def _attention(env: ShapeEnv, node: ir.Node) -> Facts:
         or sum(bool(o.uses()) or i == 0 for i, o in enumerate(node.outputs)) > 1
     ):
         return unknown(node, "Attention with a cache or with its scores as an output")
-    if node.attributes.get_float("softcap", 0.0):
-        return unknown(node, "Attention with soft-capped scores")
     scale = node.attributes.get_float("scale", None)
     if scale is None:
         if not isinstance(q[3], int):
             return unknown(node, "Attention whose head width is not static, without a scale")
         scale = q[3] ** -0.5
     causal = bool(node.attributes.get_int("is_causal", 0))
-    return Facts("attention", {"scale": float(scale), "causal": causal}, [0, 1, 2, 3])
+    attrs: dict[str, Any] = {"scale": float(scale), "causal": causal}
+    if node.attributes.get_float("softcap", 0.0):
+        attrs["softcap"] = node.attributes.get_float("softcap", 0.0)
+    return Facts("attention", attrs, [0, 1, 2, 3])
 
 
 # ---- norms, softmax, reductions ----------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ..ir.onnx_dialect import DOMAIN, OP, make_node, op_and_attributes
 from ..ir.onnx_shapes import MALFORMED, numpy_dtype
 from ..lowering import ONNXRUNTIME, Table, attention_class
 from .lower_packed import part_of
+from .lower_softcap import write_out
 from .surgery import Declined, Editor, operand, used
 
 SWAP = [0, 2, 1, 3]
@@ -46,6 +47,7 @@ class Asked:
     scale: float
     causal: bool
     heads: tuple[int, int] | None
+    softcap: float = 0.0
 
 
 def lower_attention(ed: Editor, table: Table) -> None:
@@ -57,7 +59,9 @@ def lower_attention(ed: Editor, table: Table) -> None:
             continue
         try:
             asked = read(ed, node)
-            if not (asked.heads is not None or wants_joined(ed, table, asked)) or not join(
+            if asked.softcap:
+                bend(ed, node, asked, alive)
+            elif not (asked.heads is not None or wants_joined(ed, table, asked)) or not join(
                 ed, node, asked, cache
             ):
                 split(ed, node, asked, alive)
@@ -78,8 +82,8 @@ def read(ed: Editor, node: ir.Node) -> Asked:
         return Asked(q, k, v, mask, operand(node, 4), scale, causal, None)
     if any(operand(node, i) is not None for i in range(4, 7)) or any(used(node, i) for i in range(1, 4)):
         raise Declined("it has a cache, or its scores are used")
-    if node.attributes.get_float("softcap", 0.0) or node.attributes.get_int("softmax_precision", 0):
-        raise Declined("its softmax is bent")
+    if node.attributes.get_int("softmax_precision", 0):
+        raise Declined("its softmax has a type of its own")
     rank, heads = len(ed.env.need(q)), None
     if rank == 3:
         heads = node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
@@ -89,7 +93,10 @@ def read(ed: Editor, node: ir.Node) -> Asked:
     if not scale:
         width = ed.env.need(q)[-1]
         scale = own_scale(width // heads[0] if heads is not None and isinstance(width, int) else width)
-    return Asked(q, k, v, mask, None, scale, causal, heads)
+    softcap = node.attributes.get_float("softcap", 0.0)
+    if softcap and heads is not None:
+        raise Declined("its scores are capped and its heads lie side by side")
+    return Asked(q, k, v, mask, None, scale, causal, heads, softcap)
 
 
 def own_scale(width: Dim) -> float:
@@ -137,6 +144,17 @@ def split(ed: Editor, node: ir.Node, asked: Asked, alive: dict[ir.Value, ir.Valu
     attrs = {"scale": asked.scale, "causal": asked.causal}
     out = call(ed, node, SPLIT, [asked.q, asked.k, asked.v, mask, None], attrs)
     ed.replace(node.outputs[0], zeroed(ed, node, out, mask, asked, alive))
+
+
+def bend(ed: Editor, node: ir.Node, asked: Asked, alive: dict[ir.Value, ir.Value]) -> None:
+    """Products in the place of an attention whose scores are capped: the dialect's caps none."""
+    mask = four_axes(ed, node, asked.mask)
+    scale = asked.scale or own_scale(ed.env.need(asked.q)[-1])
+    if not scale:
+        raise Declined("its head width is not static")
+    out = write_out(ed, node, [asked.q, asked.k, asked.v], mask, scale, asked.softcap)
+    ed.replace(node.outputs[0], zeroed(ed, node, out, mask, asked, alive))
+    ed.count("capped attention written out")
 
 
 def call(

@@ -5,8 +5,8 @@ the way), weights, weights v. The parts may come in any order and spelling; what
 the operator leaves the nodes as they are and a reason in the report.
 
 The scale may stand on q, on k, on both or on the scores, as a product or quotient; k^T may be a Transpose with
-any permutation; masks may be added or chosen with Where; heads may be an axis of their own or folded into
-the batch (rank 3). Packed projections need no rule: they end in the same q, k and v.
+any permutation; the scores may be capped by a tanh; masks may be added or chosen with Where; heads may be an axis of
+their own or folded into the batch (rank 3). Packed projections need no rule: they end in the same q, k and v.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Scores:
 
     product: ir.Node
     scale: float = 1.0
+    softcap: float = 0.0  # scores are softcap * tanh(scale * q k^T / softcap); masks come after it
     masks: list[ir.Value] = field(default_factory=list)
     keep: ir.Value | None = None  # a bool mask: True where a key may be attended to
     per_head: ir.Value | None = None  # a constant factor [h, 1, 1]
@@ -96,14 +97,15 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
     keep: ir.Value | None = None
     per_head: ir.Value | None = None
     reshaped = False
-    for _ in range(12):
+    softcap = 0.0
+    for _ in range(14):
         node = None if value is None else value.producer()
         if node is None or value is None:
             raise Declined("its operand is not a product of queries and keys")
         if value is not softmax.inputs[0] and not ed.used_once(value):
             raise Declined(f"the scores are used elsewhere too (%{value.name})")
         if node.domain == "" and node.op_type == "MatMul":
-            return Scores(node, found["scale"], masks, keep, per_head, reshaped)
+            return Scores(node, found["scale"] * (softcap or 1.0), softcap, masks, keep, per_head, reshaped)
         if node.domain != "":
             raise Declined(f"{ed.label(node)} stands between the product and the softmax")
         if node.op_type in ("Mul", "Div"):
@@ -111,10 +113,17 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
             if split is not None and (node.op_type == "Mul" or split[0] is node.inputs[0]):
                 value, number = split
                 found["scale"] *= number if node.op_type == "Mul" else 1.0 / number
-            elif node.op_type == "Mul" and per_head is None:
+            elif node.op_type == "Mul" and per_head is None and not softcap:
                 value, per_head = head_factor(ed, node)
             else:
                 raise Declined(f"{ed.label(node)} scales the scores by something that is not a number")
+        elif node.op_type == "Tanh":
+            if softcap or per_head is not None or found["scale"] <= 0:
+                raise Declined(f"{ed.label(node)} bends the scores in an unusual way")
+            softcap, found["scale"] = found["scale"], 1.0
+            value = node.inputs[0]
+        elif softcap and node.op_type in ("Add", "Where"):
+            raise Declined(f"{ed.label(node)} stands before the tanh that caps the scores")
         elif node.op_type == "Add":
             if per_head is not None:
                 raise Declined("the mask is added before the scores are scaled per head")
@@ -187,7 +196,7 @@ def leads_to_product(ed: Editor, value: ir.Value) -> bool:
             return False
         if node.op_type == "MatMul":
             return True
-        if node.op_type in ("Mul", "Div", "Add", "Cast", "Identity", "Reshape"):
+        if node.op_type in ("Mul", "Div", "Add", "Cast", "Identity", "Reshape", "Tanh"):
             following = [v for v in node.inputs if v is not None and not ed.is_constant(v) and v.producer()]
             if node.op_type == "Add" and len(following) == 2:
                 return any(leads_to_product(ed, v) for v in following)
@@ -326,7 +335,8 @@ def emit_attention(
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
     if any(x.dtype != q.dtype for x in (k, v)):
         raise Declined("queries, keys and values differ in type")
-    new = ed.emit("Attention", inputs, {"scale": float(scale)}, before=product, name=product.name)
+    attrs = {"scale": float(scale)} | ({"softcap": float(scores.softcap)} if scores.softcap else {})
+    new = ed.emit("Attention", inputs, attrs, before=product, name=product.name)
     node = new.producer()
     assert node is not None
     if folded:

@@ -104,6 +104,46 @@ def test_scale_anywhere(name: str) -> None:
     assert [v.shape[1:] for v in op.inputs if v is not None] == [(H, N, D)] * 3
 
 
+@pytest.mark.parametrize("spelling", ["products", "quotient", "grouped"])
+@pytest.mark.parametrize("mask", [None, "Add", "Where"])
+def test_capped_scores(spelling: str, mask: str | None) -> None:
+    """cap * tanh(scores * scale / cap), in whatever order the factors come; the mask after it."""
+    b = Builder(17)
+    x = b.input("x", ["batch", N, C])
+    q, k, v = heads(b, x), heads(b, x, (0, 2, 3, 1)), heads(b, x)
+    if spelling == "grouped":
+        few = [b("Slice", h, b.ints(0), b.ints(1), b.ints(1)) for h in (heads(b, x), heads(b, x))]
+        k, v = (
+            b("Reshape", b("Expand", b.unsqueeze(h, [2]), b.ints(1, 1, H, 1, 1)), b.ints(0, H, N, D))
+            for h in few
+        )
+        k = b("Transpose", k, perm=[0, 1, 3, 2])
+    scores = b("Mul", b("MatMul", q, k), b.const(D**-0.5))
+    scores = b("Div", scores, b.const(3.0)) if spelling == "quotient" else b("Mul", scores, b.const(1 / 3))
+    scores = b("Mul", b.const(3.0), b("Tanh", scores))
+    keep = np.tril(np.ones((N, N), bool))
+    if mask == "Add":
+        scores = b("Add", scores, b.const(np.where(keep, 0, -1e9)))
+    elif mask == "Where":
+        scores = b("Where", b.const(keep, bool), scores, b.const(-np.inf))
+    join(b, b("MatMul", softmax(b, scores), v))
+    graph, _ = check(b.model(), feed(), feed(3), Attention=1)
+    (op,) = graph.ops_of("attention")
+    assert op.attrs["softcap"] == pytest.approx(3.0)
+    assert op.attrs["scale"] == pytest.approx(D**-0.5)
+    assert len(op.inputs) == 3 + (mask is not None)
+    assert op.inputs[1].shape[1] == (1 if spelling == "grouped" else H)
+
+
+def test_a_mask_before_the_cap_stays() -> None:
+    b = Builder(17)
+    x = b.input("x", ["batch", N, C])
+    scores = b("Add", b("MatMul", heads(b, x), heads(b, x, (0, 2, 3, 1))), b.weight(N, N))
+    join(b, b("MatMul", softmax(b, b("Tanh", scores)), heads(b, x)))
+    _, report = check(b.model(), feed(), Attention=0)
+    assert any("stands before the tanh" in line for line in report.near_misses)
+
+
 @pytest.mark.parametrize("opset", OPSETS)
 def test_every_operator_set(opset: int) -> None:
     b = Builder(opset)
