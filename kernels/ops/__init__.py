@@ -9,6 +9,7 @@ from ..definition import OpDef
 from . import (
     attention,
     cached_attention,
+    embedding_nbits,
     gated,
     gathers,
     joined_attention,
@@ -48,6 +49,7 @@ _ALL = (
     linear_nbits.OP,
     linear_rows.OP,
     linear_topk.OP,
+    embedding_nbits.OP,
 )
 
 OPS: dict[str, OpDef] = {op.name: op for op in _ALL}

@@ -11,6 +11,7 @@ from elision.kernels import OPS
 from elision.kernels.ops.gated import FUNCTIONS
 from torch import Tensor
 
+from .embedding_cases import embedding_calls
 from .linear_cases import linear_calls
 from .step_cases import JOINED, STEPS
 
@@ -328,5 +329,6 @@ CASES = [
     *_steps(),
     *_gated(),
     *(Case(*call) for call in linear_calls()),
+    *(Case(*call) for call in embedding_calls()),
 ]
 assert {case.op for case in CASES} == set(OPS)
