@@ -27,11 +27,11 @@ from torch.utils import _pytree as pytree
 from ...kernels import ops as _dialect  # noqa: F401  (importing it registers torch.ops.elision)
 from ..errors import ElisionError, VerificationError
 from . import fx_call, fx_lengths, fx_nodes, fx_prepare, fx_raise, fx_rewrite
-from .fx_view import FxView
+from .fx_state import FxState
 from .graph import Op, Value
 
 
-class FxGraph(FxView):
+class FxGraph(FxState):
     """A `Graph` over an `fx.GraphModule`. Build one with `trace`, `from_export` or `from_module`.
 
     Building brings the graph into a canonical form (no in-place writes, one attention op for each decomposed
@@ -138,6 +138,8 @@ class FxGraph(FxView):
         twin = type(self)(fx_nodes.copy_module(self.module))
         twin.original = self.original
         twin.extra_outputs = list(self.extra_outputs)
+        twin._input_names, twin._output_names = list(self._input_names), list(self._output_names)
+        twin._lengths = dict(self._lengths)
         twin.near_misses = list(self.near_misses)
         return twin
 
@@ -217,6 +219,24 @@ class FxGraph(FxView):
             return value.item(), position
         return value, position
 
+    def insert_plain(
+        self, kind: str, inputs: Sequence[Value], attrs: dict[str, Any], *, after: Op | None
+    ) -> Value:
+        targets: dict[str, tuple[Any, dict[str, str]]] = {
+            "gather": (torch.ops.aten.index_select.default, {"axis": "dim"}),
+            "reshape": (torch.ops.aten.reshape.default, {"shape": "shape"}),
+            "expand": (torch.ops.aten.expand.default, {"shape": "size"}),
+            "transpose": (torch.ops.aten.permute.default, {"perm": "dims"}),
+            "cast": (torch.ops.aten.to.dtype, {"dtype": "dtype"}),
+        }
+        target, names = targets[kind]
+        named: dict[str, Any] = {names[name]: value for name, value in attrs.items()}
+        if kind == "gather":
+            inputs, named = inputs[:1], {**named, "index": inputs[1]}
+        elif kind == "cast":
+            named["dtype"] = getattr(torch, named["dtype"])
+        return self.insert_call(target, inputs, named, after=after).output
+
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         """A new buffer (not part of the state_dict), on the device of the graph's first tensor."""
         wanted = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
@@ -225,7 +245,7 @@ class FxGraph(FxView):
             count += 1
             free = f"{wanted}_{count}"
         with unset_fake_temporarily():
-            tensor = torch.from_numpy(np.ascontiguousarray(array).copy()).to(self._device())
+            tensor = fx_nodes.to_tensor(array, self._device())
         self.module.register_buffer(free, tensor, persistent=False)
         graph = self.module.graph
         with graph.inserting_before(self._first_call()):

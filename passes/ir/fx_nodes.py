@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -62,6 +63,26 @@ def type_of(value: Any) -> tuple[Shape | None, str]:
     if isinstance(value, torch.Tensor):
         return fx_call.as_shape(value), fx_call.dtype_name(value.dtype)
     return ((), NUMBER_DTYPES[type(value)]) if type(value) in NUMBER_DTYPES else (None, "none")
+
+
+def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of the array as a tensor, ml_dtypes' bfloat16 too."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array.copy()).to(device)
+
+
+def to_array(item: Any) -> np.ndarray:
+    """A tensor or number as an array in host memory; bfloat16 as ml_dtypes'."""
+    if not isinstance(item, torch.Tensor):
+        return np.asarray(item)
+    tensor = item.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def follow_region(region: list[tuple[Any, ...]], node: fx.Node, name: str) -> None:

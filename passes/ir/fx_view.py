@@ -32,6 +32,9 @@ class FxView(Graph):
             raise ElisionError("the graph carries no fake values (node.meta['val'])")
         self._mode = mode
         self._runner: fx.GraphModule | None = None
+        self._input_names: list[str] = []
+        self._output_names: list[str] = []
+        self._lengths: dict[str, Any] = {}
         self._build()
 
     def _build(self) -> None:
@@ -162,12 +165,7 @@ class FxView(Graph):
         if tensor is None or hasattr(tensor, "fake_mode"):
             return None
         with unset_fake_temporarily():
-            tensor = tensor.detach().cpu()
-            if tensor.dtype == torch.bfloat16:
-                import ml_dtypes
-
-                return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            return tensor.numpy()
+            return fx_nodes.to_array(tensor)
 
     def text(self) -> list[str]:
         lines = [f"{value!r} = input" for value in self.inputs]

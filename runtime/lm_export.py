@@ -1,0 +1,62 @@
+"""From a causal language model in PyTorch to its plain graph: token ids in, logits of every position out, no cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..passes.errors import ElisionError
+from .api import quietly
+
+LENGTH = 7  # of the example: not 1, which tracing would fix
+SOURCE_LENGTH = 5
+
+
+def plain_causal_graph(
+    model: torch.nn.Module, source: torch.Tensor | None = None
+) -> torch.export.ExportedProgram:
+    """`model` as an exported program in batches of 1 whose decoder length is dynamic.
+
+    Inputs: `input_ids` int64 [1, S]; of a model whose `config.is_encoder_decoder` is true, its `main_input_name`
+    (ids [1, T], T dynamic, or float features of a static shape) and `decoder_input_ids` [1, S]. `source` is an
+    example of that main input, needed where it is neither ids nor log-mel features. Output: `logits` [1, S, V].
+    `model` is called as transformers' models are, with `use_cache=False`. Weights stay the model's own tensors,
+    under their own names behind `model.`.
+
+    Raises ElisionError with one line where torch.export cannot trace the model."""
+    inputs: dict[str, torch.Tensor] = {}
+    ids = torch.arange(LENGTH)[None] % 3 + 3
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs[getattr(model, "main_input_name", "input_ids")] = _source(model) if source is None else source
+        inputs["decoder_input_ids"] = ids
+    else:
+        inputs["input_ids"] = ids
+    lengths = {
+        name: {} if value.is_floating_point() else {1: torch.export.Dim.AUTO}
+        for name, value in inputs.items()
+    }
+    with quietly(f"{type(model).__name__} cannot be traced by torch.export"), torch.no_grad():
+        return torch.export.export(
+            _Logits(model).eval(), (), inputs, dynamic_shapes={"inputs": lengths}, strict=False
+        )
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(**inputs, use_cache=False).logits
+
+
+def _source(model: Any) -> torch.Tensor:
+    """An example of an encoder's input."""
+    if getattr(model, "main_input_name", "input_ids") == "input_ids":
+        return torch.arange(SOURCE_LENGTH)[None] % 3 + 3
+    bins = getattr(model.config, "num_mel_bins", None)
+    frames = getattr(model.config, "max_source_positions", None)
+    if bins is None or frames is None:
+        raise ElisionError(f"{type(model).__name__} needs an example of its {model.main_input_name}")
+    return torch.zeros(1, bins, 2 * frames)  # its convolutions halve the frames
