@@ -19,12 +19,12 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = "kernels/cpu/csrc"
 LIBRARY = "libelision.so"
-HOSTS = ["common", "threads", "interface", "onnxruntime"]
+HOSTS = ["common", "threads", "interface", "linear_pack", "onnxruntime"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 VARIANTS: dict[str, list[str]] = {"portable": []}
 if X86:
     VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16}

@@ -12,10 +12,10 @@ from typing import Any
 ISA = "ELISION_ISA"
 """The environment variable that asks for a variant: avx512, avx2 or portable. Read when the library loads."""
 
-ABI = 3
+ABI = 4
 NAME = "libelision.so"
 
-FLOAT32, BOOL, FLOAT16, BFLOAT16 = 1, 9, 10, 16
+FLOAT32, UINT8, BOOL, FLOAT16, BFLOAT16 = 1, 2, 9, 10, 16
 """Element types, by ONNX's numbers."""
 
 
@@ -75,12 +75,31 @@ class Attention(Structure):
     ]
 
 
+class Pack(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "scales", "zeros", "packed")),
+        *((name, c_int64) for name in ("channels", "width", "group")),
+        *((name, c_int32) for name in ("bits", "weight_dtype", "scale_dtype", "zero_dtype")),
+    ]
+
+
+class Linear(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "packed", "bias", "norm", "out", "values", "indices")),
+        *((name, c_int64) for name in ("rows", "width", "channels", "packed_bytes", "k")),
+        *((name, c_float) for name in ("eps", "norm_offset")),
+        ("dtype", c_int32),
+    ]
+
+
 _FUNCTIONS: dict[str, type[Structure]] = {
     "elision_match": Match,
     "elision_mean": Mean,
     "elision_merge": Merge,
     "elision_restore": Restore,
     "elision_attention": Attention,
+    "elision_pack": Pack,
+    "elision_linear": Linear,
 }
 
 
@@ -107,6 +126,8 @@ def _loaded() -> tuple[Any, str]:
         function = getattr(library, name)
         function.restype = c_int
         function.argtypes = [POINTER(struct), POINTER(Runner), c_char_p, c_size_t]
+    library.elision_packed_bytes.restype = c_int64
+    library.elision_packed_bytes.argtypes = [POINTER(Pack)]
     library.elision_own_threads.argtypes = [c_int, POINTER(Runner)]
     library.elision_own_threads.restype = None
     library.elision_borrow_threads.argtypes = [c_void_p]
@@ -154,6 +175,11 @@ def call(name: str, args: Structure, threads: int) -> None:
     library.elision_own_threads(threads, ctypes.byref(runner))
     if getattr(library, name)(ctypes.byref(args), ctypes.byref(runner), error, len(error)):
         raise ValueError(error.value.decode())
+
+
+def packed_bytes(args: Pack) -> int:
+    """Bytes of a packed weight; 0 where there is none of this kind."""
+    return _need().elision_packed_bytes(ctypes.byref(args))
 
 
 def borrow_threads(openmp: Path) -> bool:

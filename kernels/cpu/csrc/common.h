@@ -34,6 +34,7 @@ void sort_keys(uint64_t* keys, size_t count);
 // Product of non-negative lengths; false when one is negative or the product overflows.
 bool product(int64_t* out, const int64_t* lengths, int count);
 
+struct PackedHeader;
 struct Kernels {
   const char* name;
   int (*match)(const elision_match_args&, const elision_runner&, char*, size_t);
@@ -41,6 +42,7 @@ struct Kernels {
   int (*merge)(const elision_merge_args&, const elision_runner&, char*, size_t);
   int (*restore)(const elision_restore_args&, const elision_runner&, char*, size_t);
   int (*attention)(const elision_attention_args&, const elision_runner&, char*, size_t);
+  int (*linear)(const elision_linear_args&, const PackedHeader&, const elision_runner&, char*, size_t);
 };
 
 // Scratch slots.

@@ -17,7 +17,7 @@ extern "C" {
 #define ELISION_API __attribute__((visibility("default")))
 #endif
 
-enum { ELISION_F32 = 1, ELISION_BOOL = 9, ELISION_F16 = 10, ELISION_BF16 = 16 };
+enum { ELISION_F32 = 1, ELISION_U8 = 2, ELISION_BOOL = 9, ELISION_F16 = 10, ELISION_BF16 = 16 };
 
 // Runs task(data, 0), ..., task(data, count - 1), in any order and on any threads, and returns when all are done.
 typedef void (*elision_task)(void* data, size_t index);
@@ -98,6 +98,30 @@ typedef struct {
   int32_t causal, dtype, mask_dtype;
 } elision_attention_args;
 
+// A weight in the order in which the products read it. bits 4 and 8: weight uint8 [channels, groups, group * bits / 8]
+// (of a byte the low nibble comes first) with groups = ceil(width / group), scales [channels, groups] float32 or float16,
+// zeros null, uint8 (zero points) or float32 or float16 (offsets). bits 16 and 32: weight [channels, width].
+typedef struct {
+  const void *weight, *scales, *zeros;
+  void* packed;  // of elision_packed_bytes
+  int64_t channels, width, group;
+  int32_t bits, weight_dtype, scale_dtype, zero_dtype;  // 0: absent
+} elision_pack_args;
+
+// The product of x [rows, width] with a packed weight: out [rows, channels], or with `values` the k largest of a row and
+// where they are, descending, the first among equals first. norm [width]: x / sqrt(mean(x^2) + eps) * (norm + norm_offset)
+// takes the place of x.
+typedef struct {
+  const void *x, *packed;
+  const float *bias, *norm;  // [channels], [width]; null: none
+  void* out;
+  float* values;     // [rows, k] or null
+  int64_t* indices;  // [rows, k]
+  int64_t rows, width, channels, packed_bytes, k;
+  float eps, norm_offset;
+  int32_t dtype;  // of x and out
+} elision_linear_args;
+
 ELISION_API int elision_match(const elision_match_args* args, const elision_runner* runner, char* error, size_t room);
 ELISION_API int elision_mean(const elision_mean_args* args, const elision_runner* runner, char* error, size_t room);
 ELISION_API int elision_merge(const elision_merge_args* args, const elision_runner* runner, char* error, size_t room);
@@ -105,6 +129,11 @@ ELISION_API int elision_restore(const elision_restore_args* args, const elision_
                                 size_t room);
 ELISION_API int elision_attention(const elision_attention_args* args, const elision_runner* runner, char* error,
                                   size_t room);
+
+// Bytes of the packed weight; 0: there is no such weight. `packed` is not read.
+ELISION_API int64_t elision_packed_bytes(const elision_pack_args* args);
+ELISION_API int elision_pack(const elision_pack_args* args, const elision_runner* runner, char* error, size_t room);
+ELISION_API int elision_linear(const elision_linear_args* args, const elision_runner* runner, char* error, size_t room);
 
 // Threads for hosts that bring none: *runner uses at most `threads` of them, the caller's included.
 ELISION_API void elision_own_threads(int threads, elision_runner* runner);

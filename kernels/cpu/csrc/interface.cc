@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common.h"
+#include "packed.h"
 
 namespace elision {
 
@@ -40,7 +41,7 @@ int usable(const Kernels** found) {
   int count = 0;
 #if defined(ELISION_X86)
   __builtin_cpu_init();
-  if (runs_avx512() && __builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::kernels;
+  if (runs_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found[count++] = &avx512_bf16::kernels;
   if (runs_avx512()) found[count++] = &avx512::kernels;
   if (runs_avx2()) found[count++] = &avx2::kernels;
 #endif
@@ -157,6 +158,26 @@ int elision_attention(const elision_attention_args* args, const elision_runner* 
   return kernels().attention(a, *runner, error, room);
 }
 
+int elision_linear(const elision_linear_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_linear_args& a = *args;
+  const char* op = a.values == nullptr ? "linear" : "linear_topk";
+  if (!known(a.dtype)) return fail(error, room, "%s: x is neither float32, float16 nor bfloat16", op);
+  PackedHeader header;
+  if (a.packed_bytes < PACKED_HEADER) return fail(error, room, "%s: the weight was not packed", op);
+  memcpy(&header, a.packed, sizeof header);
+  PackedHeader again = header;
+  if (header.magic != PACKED_MAGIC || !complete(again) || packed_bytes(again) != a.packed_bytes ||
+      memcmp(&again, &header, sizeof header) != 0)
+    return fail(error, room, "%s: the weight was not packed, or by another version of elision", op);
+  if (a.width != header.width || a.channels != header.channels || !fits({a.rows, a.width}) || !fits({a.rows, a.channels}))
+    return misfit(op, error, room);
+  if (a.values != nullptr && (a.k < 1 || a.k > a.channels || a.channels > INT32_MAX || !fits({a.rows, a.k})))
+    return fail(error, room, "linear_topk: k is between 1 and %lld, not %lld", static_cast<long long>(a.channels),
+                static_cast<long long>(a.k));
+  if (a.rows == 0 || a.channels == 0) return 0;
+  return kernels().linear(a, header, *runner, error, room);
+}
+
 const char* elision_variant(void) { return kernels().name; }
 
 const char* elision_variants(void) {
@@ -184,5 +205,5 @@ void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* de
   }
 }
 
-int elision_abi(void) { return 3; }
+int elision_abi(void) { return 4; }
 }

@@ -1,5 +1,6 @@
 // The kernels of one variant. Compiled once for each, with -DELISION_VARIANT=name and the flags of its processors.
 #include "attention.h"
+#include "linear.h"
 #include "match_tokens.h"
 #include "mean_heads.h"
 #include "merge_tokens.h"
@@ -12,7 +13,7 @@ namespace elision {
 namespace ELISION_VARIANT {
 
 extern const Kernels kernels;
-const Kernels kernels = {ELISION_TEXT(ELISION_VARIANT), match, mean, merge, restore, attention};
+const Kernels kernels = {ELISION_TEXT(ELISION_VARIANT), match, mean, merge, restore, attention, linear};
 
 }  // namespace ELISION_VARIANT
 }  // namespace elision
