@@ -1,0 +1,95 @@
+"""keep-rows: an output's last layers for the rows that are asked for only.
+
+While a prompt is read, hundreds of rows are computed and the scores of one are wanted. The product that makes them
+is as wide as the vocabulary: a sixth of the work of a small model, and its largest tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Outcome, Pass, PassContext, register
+from .errors import PipelineError, Refused
+from .ir.graph import Graph, Op, Value
+
+PRODUCTS = ("elision.linear_nbits", "elision.linear_rows")
+
+
+@dataclass(frozen=True)
+class KeepRowsOptions:
+    """output: which graph output. axis: the one its rows lie along. name: of the new input."""
+
+    output: int = 0
+    axis: int = 1
+    name: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.output < 0 or self.axis < 0:
+            raise PipelineError("the output and the axis are at least 0")
+
+
+@register
+class KeepRows(Pass):
+    """Adds an input `keep` int64 [R], and puts out the rows with these numbers, in this order, of output [.., M, ..].
+
+    Each number is at least 0 and less than M; one may come twice. The product with constant weights that makes the
+    output, and all behind it, see these rows only. Their bits are those of a product of R rows."""
+
+    name = "keep-rows"
+    exact = True
+    summary = "an output's last product for the rows that are asked for only"
+    Options = KeepRowsOptions
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        """Raises Refused where the output is made by something other than a product with constant weights, and ops
+        behind it that work on each row by itself."""
+        index, axis = self.options.output, self.options.axis
+        if index >= len(graph.outputs):
+            raise Refused(f"the graph has {len(graph.outputs)} outputs, and no output {index}")
+        if self.options.name in graph.input_names:
+            raise Refused(f"the graph has an input called {self.options.name!r} already")
+        chain = rows_behind(graph, graph.outputs[index], axis)
+        product = chain[-1]
+        x = product.inputs[0]
+        assert x is not None
+        keep = graph.add_input(self.options.name, "int64", ["kept_rows"])
+        kept = graph.insert_plain("gather", [x, keep], {"axis": axis}, after=x.producer)
+        graph.set_operand(product, 0, kept)
+        for op in reversed(chain):
+            graph.refresh(op)
+        inputs, outputs = zip(graph.input_names, graph.inputs), zip(graph.output_names, graph.outputs)
+        graph.set_signature(list(inputs), list(outputs))
+        return Outcome(changed=True, statistics={"outputs": 1, "ops behind the product": len(chain) - 1})
+
+
+def rows_behind(graph: Graph, output: Value, axis: int) -> list[Op]:
+    """The ops from the one that makes `output` back to its product, all of them used for nothing else."""
+    chain: list[Op] = []
+    value = output
+    while True:
+        op = value.producer
+        others = len(value.users) + sum(out is value for out in graph.outputs)
+        if op is None or (others > 1):
+            raise Refused(f"%{value.name} is an input, or used in {others} places: its rows cannot be chosen")
+        chain.append(op)
+        weight = op.operand(1)
+        constant = weight is not None and graph.is_constant(weight)
+        if op.target in PRODUCTS or (op.kind in ("linear", "matmul") and constant):
+            if axis >= value.rank - 1:
+                raise Refused(f"%{value.name} has no rows along axis {axis}, which its product makes")
+            return chain
+        computed = [v for v in op.inputs if v is not None and not graph.is_constant(v)]
+        by_row = op.kind in ("elementwise", "tie") and len(computed) == 1 and computed[0].rank == value.rank
+        constants = [v for v in op.inputs if v is not None and graph.is_constant(v)]
+        if not by_row or any(_along(v, value, axis) for v in constants):
+            raise Refused(
+                f"{op.target} (%{op.name}) stands between the output and its product, and is not known to work on "
+                "each row by itself"
+            )
+        value = computed[0]
+
+
+def _along(constant: Value, value: Value, axis: int) -> bool:
+    """Whether a constant has an entry of its own for every row."""
+    place = axis - (value.rank - constant.rank)
+    return place >= 0 and constant.shape is not None and constant.shape[place] != 1
