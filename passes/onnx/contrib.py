@@ -14,7 +14,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ..ir.onnx_shapes import MALFORMED
-from . import raise_dialect
+from . import contrib_nbits, plain_rotary, raise_dialect
 from .contrib_attention import ATTENTIONS
 from .surgery import Declined, Editor, operand, used
 
@@ -189,8 +189,12 @@ ROWS: dict[str, Unpacker] = {
     "TransposeMatMul": fused_matmul,
     "BiasAdd": bias_add,
     "BiasSoftmax": bias_softmax,
+    "RotaryEmbedding": plain_rotary.contrib_rotary,
     **ATTENTIONS,
+    **contrib_nbits.ROWS,
 }
-STRAY: dict[str, Unpacker] = {"SimplifiedLayerNormalization": simplified_norm}
-"""Operators that ONNX Runtime writes under the standard domain although the standard has none of the name."""
-BY_DOMAIN = {DOMAIN: ROWS, "": STRAY, "elision": raise_dialect.ROWS}
+STANDARD: dict[str, Unpacker] = {
+    "SimplifiedLayerNormalization": simplified_norm,  # ONNX Runtime writes it under the standard domain, wrongly
+    "RotaryEmbedding": plain_rotary.rotary,
+}
+BY_DOMAIN = {DOMAIN: ROWS, "": STANDARD, "elision": raise_dialect.ROWS}
