@@ -15,6 +15,7 @@ from .base import Outcome, Pass, PassContext, register
 from .errors import NothingMatched, PipelineError
 from .ir.graph import Graph
 from .lower_bias import set_biases_apart
+from .lower_packed import OPERANDS, pack_weights
 from .lowering import KERNEL, MLIR, ONNXRUNTIME, TARGETS, TORCH_CPU, TORCH_CUDA, Table, dialect_class
 from .options import nearest
 
@@ -102,6 +103,7 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
     kernels, problem = kernels_of(target)
     if problem:
         outcome.notes.append(problem)
+    packed: dict[Any, Any] = {}
     for op in ops:
         name = op.target.partition(".")[2]
         shapes = [None if v is None else v.shape for v in op.inputs]
@@ -120,6 +122,14 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
             elif choice is None and target == TORCH_CUDA:
                 # GPUs differ too much for a guess, and none was measured where the defaults come from.
                 reason = f"{name}: not measured on this GPU (elision tune-kernels --target torch-cuda)"
+        if name in kernels and not reason and target == TORCH_CPU and name in OPERANDS:
+            reason = pack_weights(graph, op, name, attrs, packed)
+            if not reason:
+                outcome.changed = True
+                count(outcome, f"{name} with a packed weight")
+                continue
+            outcome.notes.append(f"{name}: {reason}: it is packed in every call")
+            reason = ""
         if name in kernels and not reason:
             graph.retarget(op, kernels[name].overload)  # type: ignore[attr-defined]
             outcome.changed = True
@@ -128,6 +138,8 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
         count(outcome, f"{name} as ATen")
         if reason and reason not in outcome.notes:
             outcome.notes.append(reason)
+    if packed:
+        graph.remove_dead()  # the weights as they were
     return outcome
 
 

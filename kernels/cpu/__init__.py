@@ -7,15 +7,24 @@ Runtime (as a library of custom ops).
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..kernel import Kernel
 from .library import ISA, available, library_path, variant, variants, why_not
 
 
 def kernels() -> dict[str, Kernel]:
     """The kernels by op name, registered as `torch.ops.elision_cpu.<op>`. Raises RuntimeError without the library."""
-    from . import torch_ops
+    from . import linear_ops, torch_ops
 
-    return torch_ops.KERNELS
+    return {**torch_ops.KERNELS, **linear_ops.KERNELS}
 
 
-__all__ = ["ISA", "available", "kernels", "library_path", "variant", "variants", "why_not"]
+def pack_weight(weight: Any, scales: Any = None, zeros: Any = None, **attrs: Any) -> Any:
+    """A weight as torch.ops.elision_cpu.linear_packed and linear_topk_packed take it (`linear_ops.pack`)."""
+    from . import linear_ops
+
+    return linear_ops.pack(weight, scales, zeros, **attrs)
+
+
+__all__ = ["ISA", "available", "kernels", "library_path", "pack_weight", "variant", "variants", "why_not"]

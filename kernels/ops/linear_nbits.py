@@ -25,8 +25,8 @@ def check(op: str, bits: int, group: int, width: int, inside: int, channels: int
     """Raises ValueError where what the attributes say is not what the operands are."""
     if bits not in BITS:
         raise ValueError(f"{op}: bits is 4 or 8, not {bits}")
-    if group < 16 or group % 16 != 0:
-        raise ValueError(f"{op}: group is a multiple of 16, not {group}")
+    if group != 16 and (group < 32 or group % 32 != 0):
+        raise ValueError(f"{op}: group is 16 or a multiple of 32, not {group}")
     if width not in (0, inside) or channels not in (0, outside):
         raise ValueError(f"{op}: a product of {width} -> {channels}, with operands for {inside} -> {outside}")
 

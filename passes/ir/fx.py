@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from ...kernels import ops as _dialect  # noqa: F401  (importing it registers torch.ops.elision)
-from ..errors import ElisionError, VerificationError
+from ..errors import ElisionError, Refused, VerificationError
 from . import fx_call, fx_lengths, fx_nodes, fx_prepare, fx_raise, fx_rewrite
 from .fx_state import FxState
 from .graph import Op, Value
@@ -358,6 +358,8 @@ class FxGraph(FxState):
         from ...kernels import OPS
 
         for op in ops:
+            if op.target.rpartition(".")[2] not in OPS:
+                raise Refused(f"{op.target} cannot be taken apart: its weight was packed for our kernels")
             body = OPS[op.target.rpartition(".")[2]].spelled_out
             fx_rewrite.take_apart(self.module, op.raw, self._mode, body)
         fx_prepare.hoist_constants(self.module)
