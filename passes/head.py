@@ -1,0 +1,109 @@
+"""head: the k largest logits of every row instead of all of them.
+
+Greedy decoding and top-k sampling read no more than that. A language model's head has a row of logits as wide as its
+vocabulary, which need not be written when the product, with the norm before it, keeps the largest as it goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .base import NewSignature, Outcome, Pass, PassContext, register
+from .errors import PipelineError, Refused
+from .ir.graph import Graph, Op, Value
+
+PRODUCTS = ("elision.linear_nbits", "elision.linear_rows")
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """k: how many of the largest logits. output: which graph output the logits are."""
+
+    k: int = 1
+    output: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise PipelineError(f"k must be at least 1, not {self.k}")
+        if self.output < 0:
+            raise PipelineError(f"output must be at least 0, not {self.output}")
+
+
+@register
+class Head(Pass):
+    """Turns the logits [.., n] into their k largest: values float32 [.., k] in the place of that output, descending,
+    and as the last output their indices int64 [.., k]. Among equal logits the lowest index comes first."""
+
+    name = "head"
+    exact = False  # the output is another one, though its numbers are the same
+    summary = "the k largest logits of a row instead of all of them"
+    Options = HeadOptions
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        """Raises Refused where the output is not directly what one product with constant weights gives."""
+        logits, product = find_product(graph, self.options.output)
+        inputs, attrs = operands(graph, product, logits)
+        channels = logits.shape[-1] if logits.shape else None
+        if isinstance(channels, int) and self.options.k > channels:
+            raise Refused(f"%{logits.name} has {channels} logits a row, fewer than k={self.options.k}")
+        outcome = Outcome(changed=True, statistics={"heads": 1}, signature=NewSignature())
+        if (norm := foldable_norm(graph, product)) is not None:
+            inputs[0], weight = norm.inputs[0], norm.operand(1)
+            inputs.append(weight)
+            attrs["eps"] = epsilon(norm)
+            outcome.statistics["norms folded in"] = 1
+        values, indices = graph.insert("linear_topk", inputs, attrs | {"k": self.options.k}, after=product)
+        graph.replace_output(self.options.output, values)
+        graph.add_output(indices, "indices")
+        graph.remove_dead()
+        return outcome
+
+
+def find_product(graph: Graph, output: int) -> tuple[Value, Op]:
+    """The logits and the product that makes them."""
+    if output >= len(graph.outputs):
+        raise Refused(f"the graph has {len(graph.outputs)} outputs, and no output {output}")
+    logits = graph.outputs[output]
+    op = logits.producer
+    while op is not None and op.kind == "tie" and op.inputs[0] is not None:
+        op = op.inputs[0].producer
+    if op is None:
+        raise Refused(f"%{logits.name} is output {output} and no op computes it")
+    constant = op.kind == "linear" and op.inputs[1] is not None and graph.is_constant(op.inputs[1])
+    if op.target not in PRODUCTS and not constant:
+        raise Refused(
+            f"{op.target} (%{op.name}) makes output {output}: it is no product with constant weights"
+        )
+    return logits, op
+
+
+def operands(graph: Graph, product: Op, logits: Value) -> tuple[list[Value | None], dict[str, Any]]:
+    """Operands and attributes of linear_topk, but for the norm and k."""
+    x, weight = product.inputs[:2]
+    assert weight is not None
+    if product.target == "elision.linear_nbits":
+        scales, zeros, bias = (product.operand(i) for i in (2, 3, 4))
+        attrs = {name: product.attrs[name] for name in ("bits", "group")}
+        return [x, weight, scales, zeros, bias], attrs
+    if product.kind == "linear" and not product.attrs["transposed"]:
+        raise Refused(
+            f"{product.target} (%{product.name}) has its weight %{weight.name} as [in, out]; fix-rows turns it"
+        )
+    bits = 32 if weight.dtype == "float32" else 16
+    return [x, weight, None, None, product.operand(2)], {"bits": bits, "group": 32}
+
+
+def foldable_norm(graph: Graph, product: Op) -> Op | None:
+    """The RMS norm over the channels that makes the product's operand and that nobody else reads."""
+    x = product.inputs[0]
+    norm = None if x is None else x.producer
+    if x is None or norm is None or norm.kind != "norm" or norm.attrs.get("fn") != "rms_norm":
+        return None
+    if x in graph.outputs or len(x.users) > 1 or epsilon(norm) is None or norm.operand(2) is not None:
+        return None
+    return norm if tuple(norm.attrs["axes"]) == (x.rank - 1,) else None
+
+
+def epsilon(norm: Op) -> float | None:
+    return norm.attrs.get("eps", norm.attrs.get("epsilon"))
