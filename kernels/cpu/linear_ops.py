@@ -1,4 +1,6 @@
-"""The products in torch: torch.ops.elision_cpu.linear_nbits, linear_rows and linear_topk. For constant weights `linear_packed` and `linear_topk_packed`, which take what `pack` made of them once."""
+"""The products in torch: torch.ops.elision_cpu.linear_nbits, linear_rows and linear_topk.
+
+For constant weights there are `linear_packed` and `linear_topk_packed`, which take what `pack` made of them once."""
 
 from __future__ import annotations
 
