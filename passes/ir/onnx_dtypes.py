@@ -18,7 +18,8 @@ def dtypes_of(node: ir.Node) -> list[ir.DataType | None]:
     if node.domain == "elision":
         return onnx_dialect.dtypes_of(node)
     if node.domain not in ("", "ai.onnx"):
-        index = 2 if node.op_type == "EmbedLayerNormalization" else 0  # ids come first
+        # Ids or bytes come first, what says the type third.
+        index = 2 if node.op_type in ("EmbedLayerNormalization", "GatherBlockQuantized") else 0
         value = node.inputs[index] if len(node.inputs) > index else None
         first = value.dtype if value is not None and node.domain == "com.microsoft" else None
         return [out.dtype or (first if i == 0 else None) for i, out in enumerate(node.outputs)]

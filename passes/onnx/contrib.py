@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from ..errors import Refused
 from ..ir.onnx_shapes import MALFORMED
-from . import contrib_nbits, plain_rotary, raise_dialect
+from . import contrib_grouped, contrib_nbits, plain_rotary, raise_dialect
 from .contrib_attention import ATTENTIONS
 from .surgery import Declined, Editor, operand, used
 
@@ -34,7 +35,7 @@ def unpack(ed: Editor) -> None:
         try:
             action(ed, node)
             ed.count(f"{node.op_type} taken apart")
-        except (Declined, *MALFORMED) as why:
+        except (Declined, Refused, *MALFORMED) as why:
             ed.near_misses.append(f"{ed.label(node)}: {why}")
     ed.sweep()
 
@@ -191,6 +192,7 @@ ROWS: dict[str, Unpacker] = {
     "BiasSoftmax": bias_softmax,
     "RotaryEmbedding": plain_rotary.contrib_rotary,
     **ATTENTIONS,
+    "GroupQueryAttention": contrib_grouped.grouped_attention,
     **contrib_nbits.ROWS,
 }
 STANDARD: dict[str, Unpacker] = {

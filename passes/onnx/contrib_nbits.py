@@ -51,17 +51,27 @@ def gather_nbits(ed: Editor, node: ir.Node) -> None:
     rows, groups = ed.env.need(scales)
     if not isinstance(rows, int) or not isinstance(groups, int) or not isinstance(shape[1], int):
         raise Declined("a table whose size is not static")
-    table, width = ed.array(data), shape[1] * 8 // bits
-    if table is None:
-        raise Declined("a table that is computed")
-    blob = group * bits // 8
-    table = np.pad(table, ((0, 0), (0, groups * blob - table.shape[1])))
-    weight = ed.constant(table.reshape(rows, groups, blob), f"{data.name}_groups")
+    width, blob = shape[1] * 8 // bits, group * bits // 8
+    weight = grouped(ed, data, rows, groups, blob)
     inputs = [ids, weight, scales, zero_points(ed, zeros, scales, bits, rows, groups)]
     while inputs[-1] is None:
         inputs.pop()
-    given = {"bits": bits, "group": group, "width": width, "dtype": numpy_dtype(node.outputs[0].dtype)}
+    given = {"bits": bits, "group": group, "width": width, "dtype": numpy_dtype(scales.dtype)}
     ed.replace(node.outputs[0], ed.adopt(make_node(ed.model, "embedding_nbits", inputs, given), before=node))
+
+
+def grouped(ed: Editor, data: ir.Value, rows: int, groups: int, blob: int) -> ir.Value:
+    """A table [rows, bytes] as [rows, groups, blob]; where it is the weight of a product, reshaped, that weight."""
+    reshape = ed.made_by(data, "Reshape")
+    source = data if reshape is None else reshape.inputs[0]
+    table = ed.array(source)
+    if source is None or table is None:
+        raise Declined("a table that is computed")
+    if table.shape == (rows, groups, blob):
+        return source
+    table = table.reshape(rows, -1)
+    table = np.pad(table, ((0, 0), (0, groups * blob - table.shape[1])))
+    return ed.constant(table.reshape(rows, groups, blob), f"{data.name}_groups")
 
 
 def as_table(ed: Editor, value: ir.Value, rows: int, groups: int) -> ir.Value:

@@ -250,18 +250,35 @@ def to_proto(model: ir.Model, target: str = "onnxruntime", table: Table | None =
             f"{total / 1e9:.1f} GB of weights do not fit in one message; save the model to a file"
         )
     clone = lowered(model, target, table)
-    if has_external_data(model):
-        ir.external_data.load_to_model(clone)
+    for graph in clone.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = inside(value.const_value)
     return ir.to_proto(clone)
 
 
+def inside(tensor: ir.ExternalTensor) -> ir.LazyTensor:
+    """The tensor to be written into the message. Its file stays mapped: arrays that analyses keep may lie there."""
+    return ir.LazyTensor(
+        lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype),
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+    )
+
+
 def save_model(
-    model: ir.Model, path: str | os.PathLike[str], target: str = "onnxruntime", table: Table | None = None
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    target: str = "onnxruntime",
+    table: Table | None = None,
+    *,
+    external: bool = False,
 ) -> None:
     """Write `model`, lowered for `target` by `table`, to `path`, whole or not at all; `model` is not changed.
 
-    Weights go to `<path>.data` when there are more than 1.9 GB of them, or when the model came with external
-    data. Raises ModelFileError when the folder is missing or not writable, or when the disk is full.
+    Weights go to `<path>.data` when there are more than 1.9 GB of them, when the model came with external data, or
+    when `external` says so (a runtime maps such a file). Raises ModelFileError when the folder is missing or not writable, or when the disk is full.
     """
     file = Path(path)
     folder = file.parent
@@ -269,7 +286,7 @@ def save_model(
         raise ModelFileError(f"{file}: a folder, not a file")
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: no such folder")
-    external = has_external_data(model) or weight_bytes(model) > PROTOBUF_LIMIT
+    external = external or has_external_data(model) or weight_bytes(model) > PROTOBUF_LIMIT
     data_name = f"{file.name}.data"
     try:
         workplace = Path(tempfile.mkdtemp(prefix=".elision-", dir=folder))

@@ -67,3 +67,20 @@ def test_rows_of_a_table(bits: int, zeros: bool) -> None:
     )
     (op,) = graph.ops_of("elision")
     assert op.target == "elision.embedding_nbits"
+
+
+def test_a_table_that_is_the_weight_of_the_head() -> None:
+    """Both read one array: the builder of onnxruntime-genai reshapes it for the rows."""
+    random = np.random.default_rng(0)
+    b = Builder(21)
+    ids = b.input("ids", ["m", 2], TensorProto.INT64)
+    weight = b.const(random.integers(0, 256, (7, 2, 16)), np.uint8)
+    scales = b.const(random.uniform(0.01, 0.1, (7, 2)))
+    flat = b("Reshape", weight, b.ints(7, 32))
+    rows = {"bits": 4, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
+    x = b("GatherBlockQuantized", flat, ids, scales, domain="com.microsoft", **rows)
+    product = {"K": 64, "N": 7, "bits": 4, "block_size": 32, "accuracy_level": 4}
+    b.output(b("MatMulNBits", x, weight, scales, domain="com.microsoft", **product))
+    graph, _ = check(b.model(), {"ids": np.array([[0, 3], [6, 2]])})
+    table, head = (op.inputs[1] for op in graph.ops_of("elision"))
+    assert table is head
