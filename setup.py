@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = "kernels/cpu/csrc"
 LIBRARY = "libelision.so"
-HOSTS = ["common", "threads", "interface", "linear_pack", "onnxruntime"]
+HOSTS = ["common", "threads", "interface", "linear_pack", "onnxruntime", "onnxruntime_steps"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -15,9 +15,17 @@ from .library import ISA, available, library_path, variant, variants, why_not
 
 def kernels() -> dict[str, Kernel]:
     """The kernels by op name, registered as `torch.ops.elision_cpu.<op>`. Raises RuntimeError without the library."""
-    from . import linear_ops, torch_ops
+    from . import linear_ops, step_ops, torch_ops
 
-    return {**torch_ops.KERNELS, **linear_ops.KERNELS}
+    return {**torch_ops.KERNELS, **linear_ops.KERNELS, **step_ops.KERNELS}
+
+
+def mutating_kernels() -> dict[str, Any]:
+    """By op of step graphs: the torch overload that writes into its caches and returns what the rows get
+    (`torch.ops.elision_cpu.<op>_`), and no caches. Raises RuntimeError without the library."""
+    from . import step_ops
+
+    return step_ops.MUTATING
 
 
 def pack_weight(weight: Any, scales: Any = None, zeros: Any = None, **attrs: Any) -> Any:
@@ -27,4 +35,14 @@ def pack_weight(weight: Any, scales: Any = None, zeros: Any = None, **attrs: Any
     return linear_ops.pack(weight, scales, zeros, **attrs)
 
 
-__all__ = ["ISA", "available", "kernels", "library_path", "pack_weight", "variant", "variants", "why_not"]
+__all__ = [
+    "ISA",
+    "available",
+    "kernels",
+    "library_path",
+    "mutating_kernels",
+    "pack_weight",
+    "variant",
+    "variants",
+    "why_not",
+]

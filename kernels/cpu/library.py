@@ -12,7 +12,7 @@ from typing import Any
 ISA = "ELISION_ISA"
 """The environment variable that asks for a variant: avx512, avx2 or portable. Read when the library loads."""
 
-ABI = 4
+ABI = 5
 NAME = "libelision.so"
 
 FLOAT32, UINT8, BOOL, FLOAT16, BFLOAT16 = 1, 2, 9, 10, 16
@@ -92,12 +92,36 @@ class Linear(Structure):
     ]
 
 
+class Cached(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "key_cache", "value_cache")),
+        *((name, c_void_p) for name in ("slots", "prefix", "ancestors", "bias", "cos", "sin", "q_norm", "k_norm")),
+        *((name, c_int64) for name in ("rows", "heads", "kv_heads", "capacity", "width", "value_width")),
+        *((name, c_int64) for name in ("columns", "bias_heads", "bias_length", "turned")),
+        *((name, c_int64) for name in ("q_norm_length", "k_norm_length")),
+        *((name, c_int64 * 2) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
+        ("window", c_int64),
+        *((name, c_float) for name in ("scale", "softcap", "eps", "norm_offset")),
+        *((name, c_int32) for name in ("key_bias", "rotary", "cache_dtype")),
+    ]
+
+
+class Gated(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "y", "out")),
+        *((name, c_int64) for name in ("rows", "width", "x_stride", "y_stride")),
+        ("fn", c_int32),
+    ]
+
+
 _FUNCTIONS: dict[str, type[Structure]] = {
     "elision_match": Match,
     "elision_mean": Mean,
     "elision_merge": Merge,
     "elision_restore": Restore,
     "elision_attention": Attention,
+    "elision_cached": Cached,
+    "elision_gated": Gated,
     "elision_pack": Pack,
     "elision_linear": Linear,
 }

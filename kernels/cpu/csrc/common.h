@@ -43,6 +43,8 @@ struct Kernels {
   int (*restore)(const elision_restore_args&, const elision_runner&, char*, size_t);
   int (*attention)(const elision_attention_args&, const elision_runner&, char*, size_t);
   int (*linear)(const elision_linear_args&, const PackedHeader&, const elision_runner&, char*, size_t);
+  int (*cached)(const elision_cached_args&, const elision_runner&, char*, size_t);
+  int (*gated)(const elision_gated_args&, const elision_runner&, char*, size_t);
 };
 
 // Scratch slots.

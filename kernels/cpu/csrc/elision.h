@@ -122,6 +122,42 @@ typedef struct {
   int32_t dtype;  // of x and out
 } elision_linear_args;
 
+// cached_attention and joined_cached_attention: q [rows, heads, width], k, v [rows, kv_heads, ..] -> out, through caches
+// [kv_heads, capacity, width] and [.., value_width], which are written to. Strides are those of the row and head axes.
+typedef struct {
+  const float *q, *k, *v;
+  float* out;
+  void *key_cache, *value_cache;              // of cache_dtype
+  const int32_t *slots, *prefix, *ancestors;  // [rows], [rows, 2], [rows, columns]
+  const float* bias;                          // [bias_heads, bias_length] or null
+  const float *cos, *sin;                     // [rows, turned], with rotary 1 or 2
+  const float *q_norm, *k_norm;               // [width], or over all heads, or null
+  int64_t rows, heads, kv_heads, capacity, width, value_width, columns;
+  int64_t bias_heads, bias_length, turned, q_norm_length, k_norm_length;
+  int64_t q_stride[2], k_stride[2], v_stride[2], out_stride[2];
+  int64_t window;  // 0: none
+  float scale, softcap, eps, norm_offset;
+  int32_t key_bias, rotary, cache_dtype;
+} elision_cached_args;
+
+// gated: out[r] = fn(x[r]) * y[r], rows of `width` floats.
+enum {
+  ELISION_SILU,
+  ELISION_GELU,
+  ELISION_GELU_TANH,
+  ELISION_QUICK_GELU,
+  ELISION_RELU,
+  ELISION_SIGMOID,
+  ELISION_TANH,
+  ELISION_FUNCTIONS
+};
+typedef struct {
+  const float *x, *y;
+  float* out;
+  int64_t rows, width, x_stride, y_stride;
+  int32_t fn;
+} elision_gated_args;
+
 ELISION_API int elision_match(const elision_match_args* args, const elision_runner* runner, char* error, size_t room);
 ELISION_API int elision_mean(const elision_mean_args* args, const elision_runner* runner, char* error, size_t room);
 ELISION_API int elision_merge(const elision_merge_args* args, const elision_runner* runner, char* error, size_t room);
@@ -134,6 +170,9 @@ ELISION_API int elision_attention(const elision_attention_args* args, const elis
 ELISION_API int64_t elision_packed_bytes(const elision_pack_args* args);
 ELISION_API int elision_pack(const elision_pack_args* args, const elision_runner* runner, char* error, size_t room);
 ELISION_API int elision_linear(const elision_linear_args* args, const elision_runner* runner, char* error, size_t room);
+
+ELISION_API int elision_cached(const elision_cached_args* args, const elision_runner* runner, char* error, size_t room);
+ELISION_API int elision_gated(const elision_gated_args* args, const elision_runner* runner, char* error, size_t room);
 
 // Threads for hosts that bring none: *runner uses at most `threads` of them, the caller's included.
 ELISION_API void elision_own_threads(int threads, elision_runner* runner);

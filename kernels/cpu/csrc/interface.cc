@@ -178,6 +178,39 @@ int elision_linear(const elision_linear_args* args, const elision_runner* runner
   return kernels().linear(a, header, *runner, error, room);
 }
 
+int elision_cached(const elision_cached_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_cached_args& a = *args;
+  if (!known(a.cache_dtype)) return fail(error, room, "cached_attention: the caches are neither float32, float16 nor bfloat16");
+  if (!fits({a.rows, a.heads, a.width}) || !fits({a.rows, a.heads, a.value_width}) || !fits({a.rows, a.columns}) ||
+      !fits({a.kv_heads, a.capacity, a.width}) || !fits({a.kv_heads, a.capacity, a.value_width}) ||
+      a.capacity > INT32_MAX || (a.bias != nullptr && (!serves(a.bias_heads, a.heads) || a.bias_length < 1)))
+    return misfit("cached_attention", error, room);
+  if (a.kv_heads < 1 || a.heads % a.kv_heads != 0)
+    return fail(error, room, "cached_attention: %lld heads of keys do not divide %lld heads",
+                static_cast<long long>(a.kv_heads), static_cast<long long>(a.heads));
+  if (a.window < 0 || a.softcap < 0) return fail(error, room, "cached_attention: window and softcap must not be negative");
+  if (a.rotary < 0 || a.rotary > 2) return fail(error, room, "cached_attention: rotary is 0, 1 or 2");
+  if (a.rotary != 0 && (a.cos == nullptr || a.sin == nullptr || a.turned < 0 || a.turned > a.width || a.turned % 2 != 0))
+    return fail(error, room, "cached_attention: %lld channels of %lld cannot be turned", static_cast<long long>(a.turned),
+                static_cast<long long>(a.width));
+  const auto whole = [](const float* norm, int64_t length, int64_t width, int64_t heads, const int64_t* stride) {
+    return norm == nullptr || length == width || (length == heads * width && stride[1] == width);
+  };
+  if (!whole(a.q_norm, a.q_norm_length, a.width, a.heads, a.q_stride) ||
+      !whole(a.k_norm, a.k_norm_length, a.width, a.kv_heads, a.k_stride))
+    return fail(error, room, "cached_attention: a norm has as many weights as a head is wide, or all heads");
+  if (a.rows == 0) return 0;
+  return kernels().cached(a, *runner, error, room);
+}
+
+int elision_gated(const elision_gated_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_gated_args& a = *args;
+  if (a.fn < 0 || a.fn >= ELISION_FUNCTIONS) return fail(error, room, "gated: there is no function %d", static_cast<int>(a.fn));
+  if (!fits({a.rows, a.width})) return misfit("gated", error, room);
+  if (a.rows == 0 || a.width == 0) return 0;
+  return kernels().gated(a, *runner, error, room);
+}
+
 const char* elision_variant(void) { return kernels().name; }
 
 const char* elision_variants(void) {
@@ -205,5 +238,5 @@ void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* de
   }
 }
 
-int elision_abi(void) { return 4; }
+int elision_abi(void) { return 5; }
 }

@@ -1,136 +1,21 @@
 // The kernels as custom ops of ONNX Runtime, in the domain "elision": operands and results stay where the session has
-// them, and its own threads run the tasks.
+// them, and its own threads run the tasks. Here: merging tokens, and what a session asks of any op.
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <iterator>
 #include <mutex>
 #include <new>
-#include <string>
 #include <utility>
-#include <vector>
 
-#include "elision.h"
-#include "ort_abi.h"
+#include "ort_host.h"
 
+namespace elision {
+namespace ort {
 namespace {
 
 constexpr int64_t MOST_DENOMINATOR = 10000;  // as kernels/lengths.py: MOST_DENOMINATOR
 constexpr float MASKED = -6e4f;              // as the function body of attention: finite, so that no row is without keys
-constexpr size_t MOST_RANK = 8;
-
-// A sentence, thrown inside a compute call and handed to the session as a status.
-struct Problem {
-  int code;
-  std::string text;
-};
-[[noreturn]] void stop(const std::string& text, int code = ORT_INVALID_ARGUMENT) { throw Problem{code, text}; }
-
-struct Tensor {
-  void* data = nullptr;  // null: absent
-  int dtype = 0;
-  size_t rank = 0;
-  int64_t dims[MOST_RANK] = {};
-  bool absent() const { return dtype == 0; }
-};
-
-// Lengths of a tensor without elements may be anything.
-int64_t times(int64_t a, int64_t b) {
-  int64_t result;
-  if (__builtin_mul_overflow(a, b, &result)) stop("elision: the operands' lengths do not fit together");
-  return result;
-}
-
-struct Attributes {
-  int64_t r = -1, prefix = 0, suffix = 0, axis = 0, batch_axis = 0, causal = 0, heads = 0, kv_heads = 0;
-  float ratio = -1.0f, scale = 0.0f;
-  int64_t numerator = 0, denominator = 0;  // of ratio; 0: it is no share
-  bool published = true;
-};
-
-struct Kernel;
-
-// One op for one element type.
-struct Op : OrtCustomOp {
-  const char* name;
-  int dtype;
-  std::vector<int> inputs, outputs;  // element types
-  std::vector<bool> optional;
-  void (*compute)(const Kernel&, OrtKernelContext*);
-};
-
-struct Kernel {
-  OrtTable api;
-  const Op* op;
-  Attributes attributes;
-
-  void check(OrtStatus* status) const {
-    if (status == nullptr) return;
-    api.release(status);
-    stop(std::string(op->name) + ": onnxruntime refused a call", ORT_RUNTIME_EXCEPTION);
-  }
-
-  Tensor tensor(const OrtValue* value) const {
-    Tensor t;
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(api.type_and_shape(value, &info));
-    OrtStatus* status = api.element_type(info, &t.dtype);
-    if (status == nullptr) status = api.rank(info, &t.rank);
-    if (status == nullptr && t.rank <= MOST_RANK) status = api.dims(info, t.dims, t.rank);
-    api.release(info);
-    check(status);
-    if (t.rank > MOST_RANK) stop(std::string(op->name) + ": operands have at most 8 axes");
-    check(api.data(const_cast<OrtValue*>(value), &t.data));
-    return t;
-  }
-
-  Tensor input(OrtKernelContext* context, size_t index, size_t rank = 0) const {
-    size_t count = 0;
-    check(api.input_count(context, &count));
-    const OrtValue* value = nullptr;
-    if (index < count) check(api.input(context, index, &value));
-    if (value == nullptr) return {};
-    const Tensor t = tensor(value);
-    if (rank != 0 && t.rank != rank)
-      stop(std::string(op->name) + ": operand " + std::to_string(index) + " has " + std::to_string(t.rank) +
-           " axes, not " + std::to_string(rank));
-    return t;
-  }
-
-  void* output(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank) const {
-    OrtValue* value = nullptr;
-    void* data = nullptr;
-    check(api.output(context, index, dims, rank, &value));
-    check(api.data(value, &data));
-    return data;
-  }
-};
-
-struct Runner {
-  const Kernel* kernel;
-  OrtKernelContext* context;
-
-  static void run(void* self, elision_task task, void* data, size_t count) {
-    const Runner& r = *static_cast<Runner*>(self);
-    if (count == 1) return task(data, 0);
-    if (count == 0) return;
-    OrtStatus* status = r.kernel->api.parallel_for(r.context, task, count, 0, data);
-    if (status == nullptr) return;
-    r.kernel->api.release(status);
-    for (size_t i = 0; i < count; ++i) task(data, i);  // no pool to be had: tasks may be done twice
-  }
-};
-
-template <class Args>
-void call(int (*function)(const Args*, const elision_runner*, char*, size_t), const Args& args, const Kernel& kernel,
-          OrtKernelContext* context) {
-  Runner own{&kernel, context};
-  const elision_runner runner{Runner::run, &own};
-  char error[256] = "";
-  if (function(&args, &runner, error, sizeof error) != 0) stop(error);
-}
 
 // ---- the ops -------------------------------------------------------------------------------------------
 int64_t floor_share(int64_t n, int64_t numerator, int64_t denominator) {
@@ -341,9 +226,21 @@ void attention(const Kernel& kernel, OrtKernelContext* context) {
 // ---- what the session asks -------------------------------------------------------------------------------
 const Op& as_op(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
+template <class Work>
+OrtStatus* guarded(const Kernel& kernel, const Work& work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const Problem& problem) {
+    return kernel.api.create_status(problem.code, problem.text.c_str());
+  } catch (const std::bad_alloc&) {
+    return kernel.api.create_status(ORT_RUNTIME_EXCEPTION, "out of memory");
+  }
+}
+
 OrtStatus* create(const OrtCustomOp* op, const void* api, const OrtKernelInfo* info, void** kernel) {
   const OrtTable table{static_cast<const void* const*>(api)};
-  Kernel* made = new (std::nothrow) Kernel{table, &as_op(op), {}};
+  Kernel* made = new (std::nothrow) Kernel{table, &as_op(op), {}, {}};
   if (made == nullptr) return table.create_status(ORT_RUNTIME_EXCEPTION, "out of memory");
   Attributes& a = made->attributes;
   // An attribute that the node lacks keeps its default.
@@ -354,13 +251,17 @@ OrtStatus* create(const OrtCustomOp* op, const void* api, const OrtKernelInfo* i
   number("r", &a.r), number("ratio", &a.ratio), number("prefix", &a.prefix), number("suffix", &a.suffix);
   number("heads", &a.heads), number("kv_heads", &a.kv_heads);
   number("axis", &a.axis), number("batch_axis", &a.batch_axis), number("causal", &a.causal), number("scale", &a.scale);
-  char order[16] = "";
-  size_t size = sizeof order;
-  OrtStatus* status = table.attribute(info, "order", order, &size);
-  if (status != nullptr)
-    table.release(status);
-  else
-    a.published = strcmp(order, "original") != 0;
+  number("window", &a.window), number("key_bias", &a.key_bias), number("rotary", &a.rotary);
+  number("softcap", &a.softcap), number("eps", &a.eps), number("norm_offset", &a.norm_offset);
+  const auto text = [&](const char* name) -> std::string {
+    char found[16] = "";
+    size_t size = sizeof found;
+    OrtStatus* status = table.attribute(info, name, found, &size);
+    if (status != nullptr) table.release(status);
+    return status == nullptr ? found : "";
+  };
+  a.published = text("order") != "original";
+  a.fn = text("fn");
   if (made->op->compute == match) {
     const char* wrong = nullptr;
     if (a.r < 0 && !(a.ratio >= 0.0f && a.ratio <= 1.0f)) wrong = "match_tokens: give r >= 0 or a ratio between 0 and 1";
@@ -372,28 +273,30 @@ OrtStatus* create(const OrtCustomOp* op, const void* api, const OrtKernelInfo* i
     }
     if (a.r < 0) elision_fraction(a.ratio, MOST_DENOMINATOR, &a.numerator, &a.denominator);
   }
+  if (made->op->prepare != nullptr) {
+    OrtStatus* status = guarded(*made, [&] { made->op->prepare(*made, info); });
+    if (status != nullptr) {
+      delete made;
+      return status;
+    }
+  }
   *kernel = made;
   return nullptr;
 }
 
 OrtStatus* compute(void* state, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(state);
-  try {
-    kernel.op->compute(kernel, context);
-    return nullptr;
-  } catch (const Problem& problem) {
-    return kernel.api.create_status(problem.code, problem.text.c_str());
-  } catch (const std::bad_alloc&) {
-    return kernel.api.create_status(ORT_RUNTIME_EXCEPTION, "out of memory");
-  }
+  return guarded(kernel, [&] { kernel.op->compute(kernel, context); });
 }
 
-Op make(const char* name, int dtype, std::vector<int> inputs, std::vector<int> outputs, std::vector<bool> optional,
-        void (*function)(const Kernel&, OrtKernelContext*)) {
+}  // namespace
+
+Op make(const char* name, int dtype, Types inputs, Types outputs, std::vector<bool> optional,
+        void (*function)(const Kernel&, OrtKernelContext*), void (*prepare)(Kernel&, const OrtKernelInfo*)) {
   Op op{};
   op.version = 16;
   op.name = name, op.dtype = dtype, op.inputs = std::move(inputs), op.outputs = std::move(outputs);
-  op.optional = std::move(optional), op.compute = function;
+  op.optional = std::move(optional), op.compute = function, op.prepare = prepare;
   op.GetName = [](const OrtCustomOp* o) { return as_op(o).name; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   op.GetInputType = [](const OrtCustomOp* o, size_t i) { return as_op(o).inputs[i]; };
@@ -415,10 +318,12 @@ Op make(const char* name, int dtype, std::vector<int> inputs, std::vector<int> o
   return op;
 }
 
+namespace {
+
 // The ops live as long as the library.
-const std::vector<Op>& ops() {
-  static const std::vector<Op> all = [] {
-    std::vector<Op> made;
+const Ops& ops() {
+  static const Ops all = [] {
+    Ops made;
     for (const int t : {ORT_FLOAT, ORT_FLOAT16, ORT_BFLOAT16}) {
       const int i = ORT_INT32, f = ORT_FLOAT;
       made.push_back(make("match_tokens", t, {t}, {i, i, i}, {false}, match));
@@ -432,12 +337,17 @@ const std::vector<Op>& ops() {
     for (const int t : {ORT_FLOAT, ORT_UINT8, ORT_INT8, ORT_UINT16, ORT_INT16, ORT_INT32, ORT_INT64, ORT_BOOL,
                         ORT_FLOAT16, ORT_DOUBLE, ORT_UINT32, ORT_UINT64, ORT_BFLOAT16})
       made.push_back(make("restore_tokens", t, {t, ORT_INT32}, {t}, {false, false}, restore));
+    add_step_ops(made);
     return made;
   }();
   return all;
 }
 
 }  // namespace
+}  // namespace ort
+}  // namespace elision
+
+using namespace elision::ort;
 
 extern "C" ELISION_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const void* api = base->GetApi(ORT_OLDEST);

@@ -1,5 +1,7 @@
 // The kernels of one variant. Compiled once for each, with -DELISION_VARIANT=name and the flags of its processors.
 #include "attention.h"
+#include "cached_attention.h"
+#include "gated.h"
 #include "linear.h"
 #include "match_tokens.h"
 #include "mean_heads.h"
@@ -13,7 +15,7 @@ namespace elision {
 namespace ELISION_VARIANT {
 
 extern const Kernels kernels;
-const Kernels kernels = {ELISION_TEXT(ELISION_VARIANT), match, mean, merge, restore, attention, linear};
+const Kernels kernels = {ELISION_TEXT(ELISION_VARIANT), match, mean, merge, restore, attention, linear, cached, gated};
 
 }  // namespace ELISION_VARIANT
 }  // namespace elision
