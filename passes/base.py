@@ -19,7 +19,7 @@ from .options import format_value, make_options
 
 # Modules of this package whose import registers passes; read on the first look-up so that
 # `import elision.passes` stays light. A new pass is one row.
-BUILTIN: tuple[str, ...] = ("token_merge", "onnx.passes", "lower")
+BUILTIN: tuple[str, ...] = ("token_merge", "onnx.passes", "incremental", "lower")
 
 _REGISTRY: dict[str, type[Pass]] = {}
 
@@ -30,11 +30,26 @@ class NoOptions:
 
 
 @dataclass
+class NewSignature:
+    """A graph that takes other inputs than before, and how to compare the two all the same.
+
+    `before`: arrays for the inputs of the graph that the pass was given; `after`: arrays for those of its result,
+    on which output i must equal output `outputs[i]` of the former (its last rows, where `last_rows` and it had
+    fewer). None without example inputs: then nothing is compared."""
+
+    before: list[Any] | None = None
+    after: list[Any] | None = None
+    outputs: list[int] = field(default_factory=list)
+    last_rows: bool = False
+
+
+@dataclass
 class Outcome:
     """What a pass did. `changed` is False only if the graph is exactly as it was.
 
     `declined` is a sentence that says why the pass left the graph alone although it could have changed it;
-    `statistics` are counts (how often each thing fired); `extra` is for callers, kept out of reports.
+    `statistics` are counts (how often each thing fired); `extra` is for callers, kept out of reports; `signature`
+    is set when the result takes other inputs.
     """
 
     changed: bool = False
@@ -42,6 +57,7 @@ class Outcome:
     statistics: dict[str, int | float | str] = field(default_factory=dict)
     declined: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    signature: NewSignature | None = None
 
 
 @dataclass(frozen=True)

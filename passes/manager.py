@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import sympy
 
 from . import cost as cost_model
 from . import drift as drifts
-from .base import Pass, PassContext
+from .base import NewSignature, Pass, PassContext
 from .cost import Cost, Machine
 from .diff import counts, diff_graphs, diff_texts
 from .drift import Drift
@@ -172,11 +172,14 @@ def run_pipeline(
 
 @dataclass
 class _State:
-    """A graph between two passes, with what is known of it."""
+    """A graph between two passes, with what is known of it. `inputs`: what it runs on where that is not what the
+    runner has, because a pass let it take others."""
 
     graph: Graph
     cost: Cost
     outputs: list[np.ndarray] | None = None
+    inputs: list[Any] | None = None
+    signature: NewSignature | None = None
 
 
 class _Manager:
@@ -212,15 +215,23 @@ class _Manager:
         report.declined = outcome.declined
         if not outcome.changed or outcome.declined:
             return state, report
-        after = _State(trial, self.cost(trial))
+        signature = outcome.signature or state.signature
+        if outcome.signature is not None:
+            self.context = replace(self.context, example_inputs=outcome.signature.after)
+        after = _State(trial, self.cost(trial), signature=signature)
+        after.inputs = None if signature is None else signature.after
         report.declined = self.not_worth_it(single, state.cost, after.cost)
         if report.declined:
             return state, report
         started = time.perf_counter()
         if self.verify:
             trial.verify()
-            _check_outputs(single, state.graph, trial)
-            report.drift = self.check_numerics(single, state, after)
+            if outcome.signature is None:
+                _check_outputs(single, state.graph, trial)
+                report.drift = self.check_numerics(single, state, after)
+            else:
+                report.drift = self.check_signature(single, state, after, outcome.signature)
+            report.notes += [note for note in self.notes if note not in report.notes]
         report.verify_seconds = time.perf_counter() - started
         report.changed, report.cost_after, report.snapshot = True, after.cost, trial.text()
         return after, report
@@ -237,7 +248,11 @@ class _Manager:
     def run(self, state: _State) -> list[np.ndarray]:
         assert self.runner is not None
         if state.outputs is None:
-            state.outputs = [np.asarray(array) for array in self.runner(state.graph)]
+            if state.inputs is not None:
+                feeds = dict(zip(state.graph.inputs, state.inputs))
+                state.outputs = state.graph.evaluate(state.graph.outputs, feeds)
+            else:
+                state.outputs = [np.asarray(array) for array in self.runner(state.graph)]
         return state.outputs
 
     def reference(self, state: _State) -> list[np.ndarray]:
@@ -260,14 +275,47 @@ class _Manager:
             raise VerificationError(
                 f"after {single.name} the graph does not run: {_one_line(error)}"
             ) from error
-        names = [v.name for v in before.graph.outputs]
+        return self.compare(single, before.graph, before.graph.outputs, reference, actual)
+
+    def check_signature(
+        self, single: Pass, before: _State, after: _State, signature: NewSignature
+    ) -> list[Drift] | None:
+        """Numerics across a pass after which the graph takes other inputs."""
+        if self.runner is None:
+            return None
+        if signature.before is None or signature.after is None:
+            self.notes.append("the graph takes other inputs now, so its outputs were not compared")
+            self.runner = None
+            return None
+        given = _State(before.graph, before.cost, inputs=signature.before)
+        reference = [self.reference(given)[i] for i in signature.outputs]
+        try:
+            actual = self.run(after)
+        except Exception as error:
+            raise VerificationError(
+                f"after {single.name} the graph does not run: {_one_line(error)}"
+            ) from error
+        if signature.last_rows:
+            actual = [_last_rows(new, old) for old, new in zip(reference, actual)]
+        outputs = [before.graph.outputs[i] for i in signature.outputs]
+        return self.compare(single, before.graph, outputs, reference, actual)
+
+    def compare(
+        self,
+        single: Pass,
+        graph: Graph,
+        outputs: Sequence[Value],
+        reference: list[np.ndarray],
+        actual: list[np.ndarray],
+    ) -> list[Drift]:
+        names = [v.name for v in outputs]
         for name, old, new in zip(names, reference, actual):
             if old.shape != new.shape:
                 raise VerificationError(
                     f"after {single.name} output {name} has shape {list(new.shape)}, before {list(old.shape)}"
                 )
         found = drifts.compare(names, reference, actual)
-        allowed = drifts.tolerance(before.graph)
+        allowed = drifts.tolerance(graph)
         for old, drift in zip(reference, found):
             if not drift.finite:
                 raise VerificationError(
@@ -281,9 +329,28 @@ class _Manager:
         return found
 
     def drift(self, first: _State, last: _State) -> list[Drift] | None:
-        if self.runner is None or first.outputs is None or last.outputs is None:
+        if self.runner is None or last.outputs is None:
+            return None
+        signature = last.signature
+        if signature is not None:
+            given = self.run(_State(first.graph, first.cost, inputs=signature.before))
+            reference = [given[i] for i in signature.outputs]
+            names = [first.graph.outputs[i].name for i in signature.outputs]
+            actual = last.outputs
+            if signature.last_rows:
+                actual = [_last_rows(new, old) for old, new in zip(reference, actual)]
+            return drifts.compare(names, reference, actual)
+        if first.outputs is None:
             return None
         return drifts.compare([v.name for v in first.graph.outputs], first.outputs, last.outputs)
+
+
+def _last_rows(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    """What `old` has of `new` where it keeps the last rows along one axis."""
+    for axis, (count, kept) in enumerate(zip(new.shape, old.shape)):
+        if kept < count:
+            return np.take(new, np.arange(count - kept, count), axis)
+    return new
 
 
 # ---- checks -------------------------------------------------------------------------------------------

@@ -145,9 +145,9 @@ class FxGraph(FxState):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph eagerly, with the original call signature."""
-        if self._runner is None:
-            self._runner = self.to_module()
-        return self._runner(*args, **kwargs)
+        runner = self._runner or self.to_module()
+        self._runner = runner
+        return runner(*args, **kwargs)
 
     # ---- editing -------------------------------------------------------------------------------------
     def insert(
@@ -415,49 +415,3 @@ class FxGraph(FxState):
             for index, value in enumerate(self.outputs):
                 if value is old:
                     self.replace_output(index, new)
-
-    # ---- inside --------------------------------------------------------------------------------------
-    def _changed(self) -> None:
-        self._runner = None
-        self.original = None
-
-    def _node(self, value: Value) -> fx.Node:
-        """The node of a value; an output that nobody read yet gets its getitem now."""
-        if value.raw is None:
-            assert value.producer is not None
-            node: fx.Node = value.producer.raw
-            graph = self.module.graph
-            with graph.inserting_after(node):
-                item = graph.create_node(
-                    "call_function",
-                    operator.getitem,
-                    (node, value.index),
-                    name=value.name.replace(".", "_out"),
-                )
-            item.meta["val"] = node.meta["val"][value.index]
-            value.raw, value.name = item, item.name
-            self._values[item] = value
-        return value.raw
-
-    def _next_node(self, after: Op | None) -> fx.Node:
-        """The node before which something goes that must come right after `after`."""
-        if after is None:
-            return self._first_call()
-        node = after.raw.next
-        while node.target is operator.getitem and node.args[0] is after.raw:
-            node = node.next
-        return node
-
-    def _first_call(self) -> fx.Node:
-        return next(n for n in self.module.graph.nodes if n.op not in ("placeholder", "get_attr"))
-
-    @property
-    def device_type(self) -> str:
-        """The device of the graph's tensors: "cpu", "cuda", ..."""
-        return self._device().type
-
-    def _device(self) -> torch.device:
-        for node in self.module.graph.nodes:
-            if isinstance(node.meta.get("val"), torch.Tensor):
-                return node.meta["val"].device
-        return torch.device("cpu")

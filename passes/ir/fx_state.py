@@ -18,7 +18,6 @@ from . import fx_call, fx_lengths, fx_nodes
 from .fx_view import FxView
 from .graph import Dim, Value
 
-aten = torch.ops.aten
 _HINT = 11  # what a new symbolic length counts as where torch wants a number
 
 
@@ -37,7 +36,7 @@ class FxState(FxView):
     def evaluate(self, values: Sequence[Value], feeds: Mapping[Value, np.ndarray]) -> list[np.ndarray]:
         module, holders = self._part([self._node(v) for v in values])
         given: dict[fx.Node, np.ndarray] = {v.raw: array for v, array in feeds.items()}
-        absent = [n.name for n in holders if n not in given and n.users]
+        absent = [n.name for n, needed in holders.items() if needed and n not in given]
         if absent:
             raise ElisionError(f"%{values[0].name} cannot be evaluated without the input %{absent[0]}")
         with unset_fake_temporarily(), torch.no_grad():
@@ -50,8 +49,8 @@ class FxState(FxView):
                 raise ElisionError(f"the graph does not run: {fx_nodes.first_line(error)}") from error
             return [fx_nodes.to_array(item) for item in found]
 
-    def _part(self, wanted: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
-        """A module that computes `wanted` from all placeholders, and those placeholders."""
+    def _part(self, wanted: Sequence[fx.Node]) -> tuple[fx.GraphModule, dict[fx.Node, bool]]:
+        """A module that computes `wanted` from all placeholders, and those, with whether it needs them."""
         needed, queue = set(wanted), list(wanted)
         source = self.module.graph
         for node in source.nodes:
@@ -68,7 +67,8 @@ class FxState(FxView):
             if node in needed:
                 mapped[node] = graph.node_copy(node, lambda n: mapped[n])
         graph.output(tuple(mapped[n] for n in wanted))
-        return fx.GraphModule(self.module, graph), [n for n in source.nodes if n.op == "placeholder"]
+        holders = {n: bool(mapped[n].users) for n in source.nodes if n.op == "placeholder"}
+        return fx.GraphModule(self.module, graph), holders
 
     # ---- inputs --------------------------------------------------------------------------------------
     def add_input(self, name: str, dtype: str, shape: Sequence[Dim | str]) -> Value:
@@ -113,45 +113,54 @@ class FxState(FxView):
         graph.set_codegen(fx.graph.CodeGen())
         self.remove_dead()
         kept = [v.raw for _, v in inputs]
-        for node in [n for n in graph.nodes if n.op == "placeholder" and n not in kept]:
-            self._drop_input(node)
-        for node in [n for n in graph.nodes if n.op == "placeholder"]:
-            node._rename(f"{node.name}_before")  # so that names are free, whatever the order
+        holders = [n for n in graph.nodes if n.op == "placeholder"]
+        self._read_lengths_off(kept, {n for n in holders if n not in kept})
+        self.remove_dead()
+        for node in holders:
+            if node not in kept:
+                for user in node.users:
+                    what = f"{fx_call.target_text(user.target)} (%{user.name})"
+                    raise Refused(f"{what} still needs the input %{node.name}")
+                graph.erase_node(node)
         for node in reversed(kept):
             first = next(iter(graph.nodes))
             if first is not node:
                 first.prepend(node)
+        taken = {n.name for n in graph.nodes if n not in kept}
         for name, value in inputs:
-            node = value.raw
-            node._rename(_identifier(name))
-            node.target = value.name = node.name
+            free = _identifier(name)
+            while free in taken:
+                free += "_"
+            taken.add(free)
+            value.raw.name = value.raw.target = value.name = free
         self.extra_outputs = []
         self._changed()
         self._input_names = [name for name, _ in inputs]
         self._output_names = [name for name, _ in outputs]
         self._build()
 
-    def _drop_input(self, node: fx.Node) -> None:
-        """Erase a placeholder; lengths that were read off it are read off what has the same."""
+    def _read_lengths_off(self, kept: Sequence[fx.Node], gone: set[fx.Node]) -> None:
+        """Let lengths that come from inputs in `gone` be read off inputs in `kept`, where those have them."""
         graph = self.module.graph
-        for user in list(node.users):
-            if user.target is not aten.sym_size.int:
-                raise Refused(f"{fx_call.target_text(user.target)} (%{user.name}) still needs %{node.name}")
-            dim = fx_call.as_dim(user.meta["val"])
-            new: Any = dim if isinstance(dim, int) else self._length_elsewhere(dim, node, user)
-            user.replace_all_uses_with(new)
-            graph.erase_node(user)
-        graph.erase_node(node)
-
-    def _length_elsewhere(self, dim: Dim, gone: fx.Node, user: fx.Node) -> fx.Node:
-        for node in self.module.graph.nodes:
-            value = node.meta.get("val")
-            if node is gone or not isinstance(value, torch.Tensor) or node.op != "placeholder":
+        places: dict[Dim, tuple[fx.Node, int]] = {}
+        for holder in kept:
+            value = holder.meta.get("val")
+            for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                places.setdefault(fx_call.as_dim(size), (holder, axis))
+        before = self._first_call()
+        found: dict[Dim, fx.Node] = {}
+        tainted = set(gone)
+        for node in list(graph.nodes):
+            if node.op != "call_function" or not any(n in tainted for n in node.all_input_nodes):
                 continue
-            for axis, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr == dim:
-                    return fx_lengths.length_node(self.module.graph, node, axis, user)
-        raise Refused(f"%{user.name} reads the length {dim} off %{gone.name}, which nothing else has")
+            size = node.meta.get("val")
+            dim = fx_call.as_dim(size) if isinstance(size, torch.SymInt) else None
+            if dim is None or isinstance(dim, int) or dim not in places:
+                tainted.add(node)
+                continue
+            if dim not in found:
+                found[dim] = fx_lengths.length_node(graph, *places[dim], before)
+            node.replace_all_uses_with(found[dim])
 
     # ---- lengths -------------------------------------------------------------------------------------
     def fix_length(self, value: Value, axis: int, length: int) -> None:

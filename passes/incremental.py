@@ -1,0 +1,222 @@
+"""From a plain causal graph to one of new rows against a cache.
+
+The plain graph recomputes a whole text for every token. Its function is kept, its arguments change: a call takes
+M new rows, each with a position and a list of the earlier rows it sees, and writes what later rows need (the keys
+and values of every self-attention) into caches. A chain, several texts and a tree of guesses are all such lists
+(Miao et al., SpecInfer, ASPLOS 2024). Nothing is recognised by name: values are told apart by what they depend on
+(`incremental_binding`), everything that depends on positions only is evaluated, and where tokens meet in any way
+but a causal attention the graph is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sympy
+
+from .base import NewSignature, Outcome, Pass, PassContext, register
+from .errors import NothingMatched, PipelineError, Refused, VerificationError
+from .incremental_binding import SEQUENCE, Bindings
+from .incremental_build import ROWS_IN, Builder
+from .incremental_plan import LastRows, Plan, drop_last_rows
+from .incremental_tables import Text, evaluate
+from .ir.graph import Graph, Value, static
+
+
+@dataclass(frozen=True)
+class IncrementalOptions:
+    """`capacity`: slots of every cache, and positions that the tables hold. `ids`, `mask`, `positions`: the names of
+    the inputs with the decoder's token ids, their padding mask and their positions (by default decoder_input_ids,
+    decoder_attention_mask and decoder_position_ids where there is a decoder_input_ids, else the same without
+    decoder_). Every other input belongs to a source, an encoder for example."""
+
+    capacity: int = 2048
+    ids: str = ""
+    mask: str = ""
+    positions: str = ""
+
+    def __post_init__(self) -> None:
+        if self.capacity < 2:
+            raise PipelineError(f"capacity must be at least 2, not {self.capacity}")
+
+
+@register
+class Incremental(Pass):
+    """Gives a causal graph a key/value cache.
+
+    Inputs of the result: input_ids [1, M] int64, position_ids [1, M] int64, slots [M] int32, prefix [M, 2] int32,
+    ancestors [M, A] int32 (see op cached_attention), key_cache.i [heads, capacity, width] and value_cache.i for
+    every self-attention in order, and cross.j for what is computed from a source. Outputs: those of the plain graph
+    with a row for each new row, then key_cache.i.out and value_cache.i.out. `Outcome.extra["prelude"]` is the graph
+    from the source's inputs to the cross.j, where there is one."""
+
+    name = "incremental"
+    exact = True
+    summary = "new tokens against a key/value cache, in chains or trees"
+    Options = IncrementalOptions
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        """Rewrite in place. Raises NothingMatched without token ids or without an attention among them, Refused
+        where a row depends on later rows, or on others in another way than by attention."""
+        options: IncrementalOptions = self.options
+        names = self._names(graph)
+        self._one_sequence(graph, names)
+        plan, short = self._plan(graph, names)
+        if not plan.attentions:
+            raise NothingMatched(
+                f"incremental found no self-attention over the tokens of %{names[0]} "
+                f"({len(graph.ops_of('attention'))} attentions among {len(graph.ops)} operations)"
+            )
+        text = _text(graph, names)
+        tables = evaluate(graph, plan, text, options.capacity)
+        outcome = Outcome(changed=True)
+        outcome.signature = signature = _Examples(graph, plan, text, options.capacity).signature(
+            context, short
+        )
+        if plan.cuts:
+            outcome.extra["prelude"] = _prelude(graph, plan.cuts)
+        dropped = [v.name for v in graph.outputs if plan.bindings.of(v) == SEQUENCE]
+        if dropped:
+            outcome.notes.append(
+                f"the outputs {', '.join(dropped)} are the source's: its graph has them as cross.j"
+            )
+        kept = signature.outputs = [i for i, v in enumerate(graph.outputs) if plan.bindings.of(v) != SEQUENCE]
+        before = len(graph.ops)
+        builder = Builder(graph, plan, tables, options.capacity)
+        builder.build(text.ids, [(graph.output_names[i], i) for i in kept])
+        if signature.after is not None:
+            caches = [np.zeros(static(cache.shape) or (), _numpy(cache.dtype)) for cache in builder.caches]
+            signature.after[len(ROWS_IN) : len(ROWS_IN)] = caches
+        outcome.statistics |= builder.statistics
+        outcome.statistics["removed ops"] = max(before - len(graph.ops), 0)
+        outcome.notes.append(
+            f"{builder.statistics['cached attentions']} attentions read a cache of {options.capacity} slots"
+        )
+        return outcome
+
+    # ---- finding out ---------------------------------------------------------------------------------
+    def _names(self, graph: Graph) -> tuple[str, str, str]:
+        """Names of the inputs with ids, mask and positions; "" for one the graph does not have."""
+        known = {value.name for value in graph.inputs}
+        options: IncrementalOptions = self.options
+        for given in (options.ids, options.mask, options.positions):
+            if given and given not in known:
+                raise Refused(f"the graph has no input {given!r}: it has {', '.join(sorted(known))}")
+        prefix = "decoder_" if "decoder_input_ids" in known and not options.ids else ""
+        ids = options.ids or f"{prefix}input_ids"
+        if ids not in known:
+            raise NothingMatched(
+                f"incremental found no input {ids!r} with token ids among {', '.join(sorted(known))}; "
+                "option ids names it"
+            )
+        mask = options.mask or f"{prefix}attention_mask"
+        positions = options.positions or f"{prefix}position_ids"
+        return ids, mask if mask in known else "", positions if positions in known else ""
+
+    def _one_sequence(self, graph: Graph, names: tuple[str, str, str]) -> None:
+        """Let the batch be one: rows of several texts are rows of one call."""
+        for name in names:
+            if not name:
+                continue
+            value = _input(graph, name)
+            if value.rank != 2 or value.shape is None:
+                raise Refused(f"the input {value!r} is not [batch, length]")
+            if isinstance(value.shape[0], sympy.Expr):
+                graph.fix_length(value, 0, 1)
+            elif value.shape[0] != 1:
+                raise Refused(f"the input %{name} has the static batch {value.shape[0]}, not 1")
+
+    def _plan(self, graph: Graph, names: tuple[str, str, str]) -> tuple[Plan, bool]:
+        """The plan, and whether the graph gave its last rows only."""
+        short = False
+        while True:
+            text = _text(graph, names)
+            bindings = Bindings(graph, text.ids, text.mask, text.positions)
+            try:
+                return Plan(graph, bindings, text.ids), short
+            except LastRows as found:
+                short = True
+                try:
+                    drop_last_rows(graph, bindings, found.op)
+                except VerificationError as error:
+                    raise Refused(
+                        f"{found.op.target} (%{found.op.name}) keeps the last rows: {error}"
+                    ) from error
+
+
+def _input(graph: Graph, name: str) -> Value:
+    return next(value for value in graph.inputs if value.name == name)
+
+
+def _text(graph: Graph, names: tuple[str, str, str]) -> Text:
+    ids, mask, positions = (_input(graph, name) if name else None for name in names)
+    assert ids is not None
+    return Text(ids, mask, positions)
+
+
+def _prelude(graph: Graph, cuts: Sequence[Value]) -> Graph:
+    """The part of `graph` that computes `cuts` as a graph of its own."""
+    twin = graph.copy()
+    known = {value.name: value for value in [*twin.inputs, *twin.values()]}
+    outputs = [(f"cross.{number}", known[value.name]) for number, value in enumerate(cuts)]
+    needed, queue = set(), [value for _, value in outputs]
+    while queue:
+        value = queue.pop()
+        if value in needed:
+            continue
+        needed.add(value)
+        if value.producer is not None:
+            queue += [v for v in [*value.producer.inputs, *value.producer.shape_inputs] if v is not None]
+    twin.set_signature([(v.name, v) for v in list(twin.inputs) if v in needed], outputs)
+    return twin
+
+
+class _Examples:
+    """Example inputs of the plain graph and those of the new one that mean the same: a chain from empty caches."""
+
+    def __init__(self, graph: Graph, plan: Plan, text: Text, capacity: int) -> None:
+        self.graph, self.plan, self.text, self.capacity = graph, plan, text, capacity
+
+    def signature(self, context: PassContext, short: bool) -> NewSignature:
+        given = context.example_inputs
+        if given is None or len(given) != len(self.graph.inputs):
+            return NewSignature()
+        arrays = {v: _array(item) for v, item in zip(self.graph.inputs, given)}
+        if any(array is None for array in arrays.values()):
+            return NewSignature()
+        ids = arrays[self.text.ids][:1, : self.capacity]
+        before = {v: a[:1] if v.shape and v.shape[0] == 1 else a for v, a in arrays.items()}
+        before |= self.text.feeds(ids)
+        crosses = self.graph.evaluate(self.plan.cuts, before) if self.plan.cuts else []
+        count = ids.shape[1]
+        places = np.arange(count, dtype=np.int32)
+        chain = [
+            ids.astype(np.int64),
+            np.arange(count, dtype=np.int64)[None],
+            places,
+            np.stack([np.zeros_like(places), places], 1),
+            places[:, None].copy(),
+        ]
+        return NewSignature([before[v] for v in self.graph.inputs], [*chain, *crosses], last_rows=short)
+
+
+def _numpy(dtype: str) -> Any:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return dtype
+
+
+def _array(item: Any) -> Any:
+    """A tensor or array as an array, None for what has no data."""
+    if hasattr(item, "fake_mode"):
+        return None
+    if hasattr(item, "detach"):
+        item = item.detach().cpu()
+        item = item.float() if str(item.dtype) == "torch.bfloat16" else item
+        return item.numpy()
+    return item if isinstance(item, np.ndarray) else None
