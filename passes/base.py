@@ -19,7 +19,7 @@ from .options import format_value, make_options
 
 # Modules of this package whose import registers passes; read on the first look-up so that
 # `import elision.passes` stays light. A new pass is one row.
-BUILTIN: tuple[str, ...] = ("token_merge", "onnx.passes", "incremental", "lower")
+BUILTIN: tuple[str, ...] = ("token_merge", "quantize", "quantize_rows", "onnx.passes", "incremental", "lower")
 
 _REGISTRY: dict[str, type[Pass]] = {}
 
@@ -66,7 +66,8 @@ class PassContext:
 
     `force`: apply even where no saving is expected. `target`: what will run the graph, "torch" or
     "onnxruntime". `example_inputs`: tensors or arrays in the order of `graph.inputs`. `want_map`: also put
-    out the composed token map.
+    out the composed token map. `samples`: real inputs to calibrate on, each like `example_inputs`. `formats`: the
+    quantized weights of the file that the model was loaded from (`passes.formats.SourceFormats`).
     """
 
     force: bool = False
@@ -74,6 +75,8 @@ class PassContext:
     example_inputs: Sequence[Any] | None = None
     want_map: bool = False
     table: Table | None = None
+    samples: Sequence[Sequence[Any]] | None = None
+    formats: Any = None
 
 
 class Pass(abc.ABC):

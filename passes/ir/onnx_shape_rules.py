@@ -190,6 +190,11 @@ def _mha(env: ShapeEnv, node: ir.Node) -> Shapes:
     return [(q[0], q[1], width)] + [None] * (len(node.outputs) - 1)
 
 
+@rule("MatMulNBits", domain="com.microsoft")
+def _matmul_nbits(env: ShapeEnv, node: ir.Node) -> Shapes:
+    return [(*env.need(node.inputs[0])[:-1], node.attributes["N"].as_int())]
+
+
 @rule("Reshape")
 def _reshape(env: ShapeEnv, node: ir.Node) -> Shapes:
     x = env.need(node.inputs[0])

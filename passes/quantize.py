@@ -1,0 +1,200 @@
+"""quantize: products and tables with weights of few bits, made from the weights of the graph or taken from its file.
+
+Only how weights are stored changes. Every product with a constant weight becomes `linear_nbits`, and tables that ids
+are looked up in become `embedding_nbits`. The product over a vocabulary and its table keep more bits, and are stored
+once where they are one matrix. Convolutions stay. After Frantar et al., GPTQ, ICLR 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .base import Outcome, Pass, PassContext, register
+from .errors import ElisionError, NothingMatched, PipelineError, Refused
+from .formats.calibrated import quantize_calibrated
+from .formats.layout import Quantized, dequantize
+from .formats.rounding import quantize
+from .ir.graph import Graph
+from .quantize_emit import Emitter
+from .quantize_find import EMBEDDING, HEAD, LINEAR, Target, find_targets
+from .quantize_report import Report
+from .quantize_samples import Inputs, visit_targets
+
+Bits = Literal[4, 8, 16, 32]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """bits: of the products; 16 keeps rows of 16 bits, 32 changes nothing. group: how many weights share a scale (a
+    multiple of 16; 0: a whole row). symmetric: without zero points. head_bits, embedding_bits: of the product over a
+    vocabulary and of its table; 32 leaves them.
+    method: rtn rounds to the nearest; mse looks for the scale of least error; gptq makes errors good by later weights,
+    which takes samples; auto is gptq where there are samples, else mse. activations: for encoders, all at 8 bits with
+    inputs rounded too. keep_source: weights that come from a quantized file stay as the file has them.
+    scales: their type. form: of products in ONNX files, elision or matmulnbits (ONNX Runtime's own)."""
+
+    bits: Bits = 4
+    group: int = 32
+    symmetric: bool = True
+    head_bits: Bits | None = None
+    embedding_bits: Bits | None = None
+    method: Literal["auto", "rtn", "mse", "gptq"] = "auto"
+    activations: bool = False
+    keep_source: bool = True
+    scales: Literal["float16", "float32"] = "float16"
+    form: Literal["auto", "elision", "matmulnbits"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.group < 0 or self.group % 16:
+            raise PipelineError(f"group must be a multiple of 16, or 0 for whole rows, not {self.group}")
+        if self.activations and self.bits != 8:
+            raise PipelineError(f"activations=true takes bits=8, not bits={self.bits}")
+
+    def bits_of(self, role: str) -> int:
+        """4, 8, 16 or 32. Heads and tables have 8 bits unless that is more than all the rest."""
+        if self.bits == 32:
+            return 32
+        given = {HEAD: self.head_bits, EMBEDDING: self.embedding_bits}.get(role, self.bits)
+        if given is not None:
+            return given
+        return 8 if self.bits < 16 else self.bits if role == HEAD else 32
+
+
+@register
+class Quantize(Pass):
+    """Stores the weights of products and tables in few bits. Refuses a graph in which there are none."""
+
+    name = "quantize"
+    exact = False
+    summary = "weights of 4 or 8 bits, rounded, calibrated or taken from the file"
+    Options = QuantizeOptions
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        """Raises NothingMatched without a product or table, Refused for gptq without samples."""
+        options: QuantizeOptions = self.options
+        if options.bits == 32:
+            return Outcome(notes=["bits=32 leaves every weight as it is"])
+        samples = context.samples or ([context.example_inputs] if context.example_inputs else [])
+        if options.method == "gptq" and not samples:
+            raise Refused("quantize: method gptq takes samples to run the graph on, and there are none")
+        found = find_targets(graph)
+        if not found.targets:
+            reasons = "; ".join(f"{count}: {reason}" for reason, count in found.left.items())
+            raise NothingMatched(
+                f"quantize found no product or table with a constant weight{f' ({reasons})' if reasons else ''}"
+            )
+        targets = [t for t in found.targets if options.bits_of(t.role) != 32]
+        chooser = _Chooser(options, context, calibrated=bool(context.samples) or options.method == "gptq")
+        notes = [f"{count} left: {reason}" for reason, count in found.left.items()]
+        if samples:
+            try:
+                sequential = visit_targets(graph, targets, samples, chooser.visit)
+            except ElisionError as error:
+                if chooser.calibrated:
+                    raise
+                notes.append(f"errors of outputs are not known: {error}")
+            else:
+                if chooser.calibrated:
+                    seen = "quantized" if sequential else "unquantized"
+                    notes.append(f"calibrated on {chooser.tokens} rows, which came out of {seen} layers")
+        for target in targets:
+            if target not in chooser.chosen:
+                chooser.choose(target, None)
+        emitter = Emitter(graph, options.form)
+        for target in targets:
+            emitter.emit(target, chooser.chosen[target])
+        graph.remove_dead()
+        report = chooser.report
+        return Outcome(
+            changed=True,
+            notes=[*notes, *report.notes()],
+            statistics=report.statistics(),
+            extra={"layers": report.layers},
+        )
+
+
+class _Chooser:
+    """Chooses the quantized form of every target, each matrix once."""
+
+    def __init__(self, options: QuantizeOptions, context: PassContext, calibrated: bool) -> None:
+        self.options = options
+        self.formats: Any = context.formats if options.keep_source else None
+        self.calibrated = calibrated
+        self.report = Report()
+        self.chosen: dict[Target, Quantized | np.ndarray] = {}
+        self.tokens = 0
+        self._made: dict[Any, Quantized | np.ndarray] = {}
+
+    def visit(self, target: Target, inputs: Inputs) -> np.ndarray | None:
+        """For `visit_targets`: the matrix that stands for the chosen form."""
+        self.choose(target, inputs)
+        return self._values(self.chosen[target])
+
+    def choose(self, target: Target, inputs: Inputs | None) -> None:
+        bits = self.options.bits_of(target.role)
+        key = (*_identity(target), bits)
+        known = key in self._made
+        source = False
+        if not known:
+            weight = np.ascontiguousarray(target.weight)
+            kept = None if self.formats is None or bits > 8 else self.formats.lookup(weight)
+            source = kept is not None
+            self._made[key] = kept if kept is not None else self._rounded(weight, bits, target, inputs)
+        result = self.chosen[target] = self._made[key]
+        if inputs is not None and inputs.arrays:
+            self.tokens = max(self.tokens, inputs.count)
+        values = target.weight if source else self._values(result)
+        self.report.add(target, result, values, inputs, source=source, shared=known)
+
+    def _rounded(
+        self, weight: np.ndarray, bits: int, target: Target, inputs: Inputs | None
+    ) -> Quantized | np.ndarray:
+        if bits == 16:
+            return sixteen(weight)
+        options = self.options
+        group = options.group or -(-weight.shape[1] // 32) * 32
+        common: dict[str, Any] = {
+            "bits": bits,
+            "group": group,
+            "symmetric": options.symmetric,
+            "scales": options.scales if in_range(weight, bits) else "float32",
+        }
+        method = options.method
+        if method == "auto":
+            method = "gptq" if self.calibrated else "mse"
+        if method == "gptq" and bits == 4 and inputs is not None and inputs.arrays:
+            return quantize_calibrated(weight, inputs.moments, inputs=inputs.count, **common)
+        known = self.calibrated and inputs is not None and inputs.arrays
+        importance = np.diag(inputs.moments) if known and inputs is not None else None
+        return quantize(weight, search=method != "rtn", importance=importance, **common)
+
+    def _values(self, made: Quantized | np.ndarray) -> np.ndarray:
+        return dequantize(made) if isinstance(made, Quantized) else made.astype(np.float32)
+
+
+def _identity(target: Target) -> tuple[Any, ...]:
+    """Equal for two views of one matrix; of a head and its table also for equal matrices: hosts copy tied ones."""
+    weight = target.weight
+    if target.role == LINEAR:
+        return weight.shape, weight.strides, weight.__array_interface__["data"][0]
+    return weight.shape, hash(np.ascontiguousarray(weight).tobytes())
+
+
+def sixteen(weight: np.ndarray) -> np.ndarray:
+    """As float16 where that holds every number exactly, else as bfloat16."""
+    import ml_dtypes
+
+    if weight.dtype.itemsize == 2:
+        return weight
+    with np.errstate(over="ignore"):
+        half = weight.astype(np.float16)
+    return half if np.array_equal(half.astype(weight.dtype), weight) else weight.astype(ml_dtypes.bfloat16)
+
+
+def in_range(weight: np.ndarray, bits: int) -> bool:
+    """Whether scales of this weight are ordinary float16 numbers: no larger, and not so small that digits are lost."""
+    largest = float(np.abs(weight).max(initial=0)) / (8 if bits == 4 else 127)
+    return 2.0**-12 <= largest < 2.0**15 or largest == 0
