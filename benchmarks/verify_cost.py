@@ -8,10 +8,11 @@ import statistics
 import time
 from typing import Any
 
-import elision
 import numpy as np
 from elision.runtime.lm_step import chain
 from smollm import PACKAGE, PeerSteps, peer_folder
+
+import elision
 
 ROWS, PAST = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), 128
 
