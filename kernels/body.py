@@ -10,8 +10,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 FLOAT, INT64, INT32, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL
-UINT8 = TensorProto.UINT8
-FLOATS = (FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+UINT8, FLOAT16 = TensorProto.UINT8, TensorProto.FLOAT16
+FLOATS = (FLOAT, FLOAT16, TensorProto.BFLOAT16)
 """What the C++ kernels compute with."""
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import FLOAT, INT32, UINT8, Body
+from ..body import FLOAT, FLOAT16, FLOATS, INT32, UINT8, Body
 from ..definition import Attr, OpDef
 from ..lengths import Shape, divide, numel
 
 BITS = (4, 8)
+SCALES = (FLOAT, FLOAT16)
+"""Types of scales and of offsets that the kernels take."""
 
 
 def unpack(weight: Tensor, bits: int) -> Tensor:
@@ -208,6 +210,6 @@ OP = OpDef(
         numel(given[0]) + stored(given, attrs["bits"]) + numel(shapes(given, attrs)[0])
     ),
     pinned=lengths,
-    full_precision=True,
+    custom={0: FLOATS, 2: SCALES, 3: (UINT8, *SCALES), 4: (FLOAT,)},
     source="Frantar et al., ICLR 2023 (GPTQ); the layout is that of ONNX Runtime's MatMulNBits",
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import FLOAT, Body
+from ..body import FLOAT, FLOATS, Body
 from ..definition import OpDef
 from ..lengths import numel
 from .linear_nbits import product_work, shapes
@@ -43,6 +43,7 @@ OP = OpDef(
     shapes=shapes,
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_body,
+    custom={0: FLOATS, 1: FLOATS, 2: (FLOAT,)},
     work=product_work,
     traffic=lambda given, attrs: sum(numel(s) for s in [*given, *shapes(given, attrs)]),
 )

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import FLOAT, Body
+from ..body import FLOAT, FLOATS, UINT8, Body
 from ..definition import Attr, OpDef
 from ..lengths import Shape, numel
-from .linear_nbits import BITS, check, dequantize, lengths, product_work, stored, write_product
+from .linear_nbits import BITS, SCALES, check, dequantize, lengths, product_work, stored, write_product
 
 
 def linear_topk(
@@ -95,4 +95,5 @@ OP = OpDef(
         numel(given[0]) + stored(given, attrs["bits"]) + numel(given[5]) + 3 * numel(_shapes(given, attrs)[0])
     ),
     pinned=lengths,
+    custom={0: FLOATS, 1: (UINT8, *FLOATS), 2: SCALES, 3: (UINT8, *SCALES), 4: (FLOAT,), 5: (FLOAT,)},
 )

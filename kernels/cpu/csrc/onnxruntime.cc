@@ -338,6 +338,7 @@ const Ops& ops() {
                         ORT_FLOAT16, ORT_DOUBLE, ORT_UINT32, ORT_UINT64, ORT_BFLOAT16})
       made.push_back(make("restore_tokens", t, {t, ORT_INT32}, {t}, {false, false}, restore));
     add_step_ops(made);
+    add_linear_ops(made);
     return made;
   }();
   return all;

@@ -76,6 +76,9 @@ struct OrtTable {
   }
   void release(OrtStatus* status) const { get<void (*)(OrtStatus*)>(93)(status); }
   void release(OrtTensorTypeAndShapeInfo* info) const { get<void (*)(OrtTensorTypeAndShapeInfo*)>(99)(info); }
+  OrtStatus* constant_input(const OrtKernelInfo* info, size_t index, int* is_constant, const OrtValue** out) const {
+    return get<OrtStatus* (*)(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(249)(info, index, is_constant, out);
+  }
   OrtStatus* parallel_for(const OrtKernelContext* context, void (*task)(void*, size_t), size_t total, size_t batches,
                           void* data) const {
     return get<OrtStatus* (*)(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(

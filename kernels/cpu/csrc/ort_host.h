@@ -138,6 +138,7 @@ Op make(const char* name, int dtype, Types inputs, Types outputs, std::vector<bo
 
 // The families of ops, one file each.
 void add_step_ops(Ops& all);
+void add_linear_ops(Ops& all);
 
 }  // namespace ort
 }  // namespace elision
