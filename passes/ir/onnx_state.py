@@ -40,18 +40,15 @@ def evaluate(
 
 # ---- inputs ------------------------------------------------------------------------------------------
 def add_input(graph: OnnxGraph, name: str, dtype: str, shape: Sequence[Dim | str]) -> ir.Value:
-    """See `Graph.add_input`. Raises Refused when the graph has a value of this name."""
-    if name in graph.names:
-        raise Refused(f"the graph already has a value named '{name}'")
+    """See `Graph.add_input`; under another name for now where a value has this one."""
     dims = [own_symbol(graph, d) if isinstance(d, str) else d for d in shape]
     raw = ir.Value(
-        name=name,
+        name=graph.unique_name(name),
         shape=ir.Shape([d if isinstance(d, int) else str(d) for d in dims]),
         type=ir.TensorType(onnx_dtype(dtype)),
     )
     graph.model.graph.inputs.append(raw)
     graph.env.shapes[raw] = tuple(dims)
-    graph.names.add(name)
     return raw
 
 

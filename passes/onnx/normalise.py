@@ -19,7 +19,7 @@ from onnxscript import version_converter
 
 from ..errors import ModelFileError
 from ..ir.onnx_shapes import ShapeEnv
-from . import contrib, fold, plain, plain_masks, raise_attention, raise_norms
+from . import contrib, fold, plain, plain_bfloat, plain_masks, raise_attention, raise_norms
 from .surgery import Editor
 
 OPSET = 23
@@ -81,6 +81,7 @@ def rewrite(ed: Editor) -> None:
     fold_all(ed)
     share(ed)
     plain.simplify(ed)
+    plain_bfloat.widen(ed)
     raise_norms.raise_norms(ed)
     raise_norms.raise_gelu(ed)
     raise_attention.raise_attention(ed)

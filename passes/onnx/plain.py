@@ -2,7 +2,7 @@
 
 A Slice along several axes becomes one per axis; an Einsum that is a matrix product becomes Transpose and MatMul;
 a Gemm with a transposed first operand or factors loses them; Attention over packed heads gets its heads as an
-axis.
+axis; a GatherND along one axis is a Gather.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def simplify(ed: Editor) -> None:
         "Einsum": plain_einsum,
         "Gemm": plain_gemm,
         "Attention": heads_as_axis,
+        "GatherND": plain_gather,
     }
     for node in list(ed.graph):
         if node.domain == "" and node.op_type in rules and node.graph is ed.graph:
@@ -45,6 +46,21 @@ def split_slice(ed: Editor, node: ir.Node) -> None:
         x = ed.emit("Slice", [x, *operands], before=node)
     ed.replace(node.outputs[0], x)
     ed.count("slices split by axis")
+
+
+def plain_gather(ed: Editor, node: ir.Node) -> None:
+    """GatherND with indices [.., 1], which pick along the first axis."""
+    x, indices = node.inputs[0], node.inputs[1]
+    shape = ed.env.need(indices)
+    if indices is None or node.attributes.get_int("batch_dims", 0) or shape[-1] != 1:
+        return
+    array = ed.array(indices)
+    if array is not None:
+        flat = ed.constant(array[..., 0], f"{indices.name}_flat")
+    else:
+        flat = ed.emit("Squeeze", [indices, ed.ints([len(shape) - 1])], before=node)
+    ed.replace(node.outputs[0], ed.emit("Gather", [x, flat], {"axis": 0}, before=node))
+    ed.count("GatherND made Gather")
 
 
 def plain_einsum(ed: Editor, node: ir.Node) -> None:

@@ -118,8 +118,16 @@ def test_one_symbol_for_one_name_and_not_one_of_the_file() -> None:
     assert b.shape is not None
     assert a.shape[0] == b.shape[0] != graph.inputs[0].shape[1]  # type: ignore[index]
     assert graph.copy().add_input("c", "int32", ["S"]).shape == b.shape
-    with pytest.raises(Refused, match="already has a value named 'x'"):
-        graph.add_input("x", "int32", [1])
+
+
+def test_a_new_input_may_have_the_name_of_one_that_goes() -> None:
+    graph = counting()
+    old = graph.inputs[1]
+    new = graph.add_input("x", "float32", old.shape or ())
+    graph.replace_uses(old, new)
+    graph.set_signature([("ids", graph.inputs[0]), ("x", new)], [("y", graph.outputs[0])])
+    graph.verify()
+    assert graph.input_names == ["ids", "x"]
 
 
 def test_fix_length() -> None:
