@@ -62,6 +62,7 @@ class Incremental(Pass):
         """Rewrite in place. Raises NothingMatched without token ids or without an attention among them, Refused
         where a row depends on later rows, or on others in another way than by attention."""
         options: IncrementalOptions = self.options
+        pasts = _without_cache(graph)
         names = self._names(graph)
         self._one_sequence(graph, names)
         plan, short = self._plan(graph, names)
@@ -73,6 +74,10 @@ class Incremental(Pass):
         text = _text(graph, names)
         tables = evaluate(graph, plan, text, options.capacity)
         outcome = Outcome(changed=True)
+        if pasts:
+            outcome.notes.append(
+                f"{pasts} inputs with keys and values of the past went: the file had a cache of its own"
+            )
         outcome.signature = signature = _Examples(graph, plan, text, options.capacity).signature(
             context, short
         )
@@ -145,6 +150,15 @@ class Incremental(Pass):
                     raise Refused(
                         f"{found.op.target} (%{found.op.name}) keeps the last rows: {error}"
                     ) from error
+
+
+def _without_cache(graph: Graph) -> int:
+    """Let a file that was exported with a cache be the plain graph it continues; how many inputs went."""
+    if graph.host != "onnx":
+        return 0
+    from .onnx.cache import without_cache
+
+    return without_cache(graph)  # type: ignore[arg-type]
 
 
 def _input(graph: Graph, name: str) -> Value:

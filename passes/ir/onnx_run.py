@@ -60,6 +60,11 @@ def run_part(
     graph = ir.convenience.extract(model.graph, fed, unique)
     for inner, outer in zip(graph.inputs, fed):
         inner.shape = ir.Shape(feeds[outer].shape)
+    for name, held in list(graph.initializers.items()):
+        if not held.uses() and not held.is_graph_output():
+            del graph.initializers[name]
+        elif isinstance(held.const_value, ir.ExternalTensor):
+            held.const_value = inside(held.const_value)
     for node in graph:
         for out in node.outputs:
             out.shape = None  # symbols of the file, which the lengths of this run may contradict
@@ -72,6 +77,16 @@ def run_part(
     results = run_model(part, {v.name or "": feeds[v] for v in fed})
     found = dict(zip(unique, results))
     return [found[value] for value in wanted]
+
+
+def inside(tensor: ir.ExternalTensor) -> ir.LazyTensor:
+    """The tensor to be written into a message. Its file stays mapped: arrays that analyses keep may lie there."""
+    return ir.LazyTensor(
+        lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype),
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+    )
 
 
 def needed_inputs(graph: ir.Graph, wanted: Sequence[ir.Value]) -> list[ir.Value]:

@@ -16,7 +16,9 @@ import onnx_ir as ir
 import sympy
 
 from ..errors import Refused
+from ..ir.onnx import OnnxGraph
 from ..ir.onnx_shapes import ShapeEnv, constant_tensor
+from .normalise import normalise
 from .surgery import Editor, operand, used
 
 MICROSOFT = "com.microsoft"
@@ -27,6 +29,16 @@ PAST = {
     (MICROSOFT, "GroupQueryAttention"): ((3, 4), (1, 2)),
     (MICROSOFT, "Attention"): ((4,), (1,)),
 }
+
+
+def without_cache(graph: OnnxGraph) -> int:
+    """`drop_cache` for a view: normalised again and built anew where anything went, so that ops and values that the
+    caller holds are void."""
+    count = drop_cache(graph.model)
+    if count:
+        normalise(graph.model)
+        OnnxGraph.__init__(graph, graph.model)
+    return count
 
 
 def drop_cache(model: ir.Model) -> int:

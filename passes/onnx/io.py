@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from ..errors import ModelFileError
 from ..ir.onnx_check import light_proto
+from ..ir.onnx_run import inside
 from ..lowering import Table
 from ..lowering_defaults import DEFAULTS
 from .lower import lower
@@ -257,16 +258,6 @@ def to_proto(model: ir.Model, target: str = "onnxruntime", table: Table | None =
     return ir.to_proto(clone)
 
 
-def inside(tensor: ir.ExternalTensor) -> ir.LazyTensor:
-    """The tensor to be written into the message. Its file stays mapped: arrays that analyses keep may lie there."""
-    return ir.LazyTensor(
-        lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype),
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        name=tensor.name,
-    )
-
-
 def save_model(
     model: ir.Model,
     path: str | os.PathLike[str],
@@ -278,7 +269,8 @@ def save_model(
     """Write `model`, lowered for `target` by `table`, to `path`, whole or not at all; `model` is not changed.
 
     Weights go to `<path>.data` when there are more than 1.9 GB of them, when the model came with external data, or
-    when `external` says so (a runtime maps such a file). Raises ModelFileError when the folder is missing or not writable, or when the disk is full.
+    when `external` says so (a runtime maps such a file). Raises ModelFileError when the folder is missing or not
+    writable, or when the disk is full.
     """
     file = Path(path)
     folder = file.parent
