@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .passes.ir.graph import Graph
     from .passes.pipeline import format, parse
     from .runtime.api import Result, export_onnx, optimize
+    from .runtime.generate import Generation, Generator
     from .runtime.iree import compile_iree, run_iree
     from .runtime.mlir import export_mlir
     from .runtime.session import session
@@ -36,6 +37,8 @@ _HOMES: dict[str, tuple[str, str]] = {
     "compile_iree": (".runtime.iree", "compile_iree"),
     "run_iree": (".runtime.iree", "run_iree"),
     "Result": (".runtime.api", "Result"),
+    "Generator": (".runtime.generate", "Generator"),
+    "Generation": (".runtime.generate", "Generation"),
     "session": (".runtime.session", "session"),
     "ElisionError": (".passes.errors", "ElisionError"),
     "Refused": (".passes.errors", "Refused"),
@@ -57,6 +60,8 @@ _HOMES: dict[str, tuple[str, str]] = {
 
 __all__ = [
     "ElisionError",
+    "Generation",
+    "Generator",
     "Graph",
     "ModelFileError",
     "NoOptions",

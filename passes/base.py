@@ -19,7 +19,16 @@ from .options import format_value, make_options
 
 # Modules of this package whose import registers passes; read on the first look-up so that
 # `import elision.passes` stays light. A new pass is one row.
-BUILTIN: tuple[str, ...] = ("token_merge", "quantize", "quantize_rows", "onnx.passes", "incremental", "lower")
+BUILTIN: tuple[str, ...] = (
+    "token_merge",
+    "quantize",
+    "quantize_rows",
+    "onnx.passes",
+    "incremental",
+    "lower",
+    "head",
+    "keep_rows",
+)
 
 _REGISTRY: dict[str, type[Pass]] = {}
 

@@ -24,6 +24,8 @@ RULES: dict[str, Rule] = {}
 
 # Ops of our own dialect that work on the last axis of their first operand.
 ROW_WISE = frozenset({"linear_nbits", "linear_rows", "gated"})
+# Ops that add a last axis to their first operand.
+LOOK_UPS = frozenset({"embedding_nbits"})
 
 
 class Mixes(Exception):
@@ -248,9 +250,11 @@ def _scatter(op: Op, axes: Axes) -> int:
 @rule("elision")
 def _elision(op: Op, axes: Axes) -> int:
     name = op.target.rpartition(".")[2].rpartition("::")[2]
-    if name not in ROW_WISE:
+    if name not in ROW_WISE | LOOK_UPS:
         raise Mixes("is no operation that is known to treat tokens one by one")
     axis = axes[0]
     if axis is None or any(other not in (None, axis) for other in axes):
         raise Mixes("reads tokens where weights are expected")
+    if name in LOOK_UPS:
+        return axis
     return _avoid(axis, [_operand(op).rank - 1], "sums over the tokens")

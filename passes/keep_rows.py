@@ -52,13 +52,14 @@ class KeepRows(Pass):
         product = chain[-1]
         x = product.inputs[0]
         assert x is not None
+        inputs = list(zip(graph.input_names, graph.inputs))
         keep = graph.add_input(self.options.name, "int64", ["kept_rows"])
         kept = graph.insert_plain("gather", [x, keep], {"axis": axis}, after=x.producer)
         graph.set_operand(product, 0, kept)
         for op in reversed(chain):
             graph.refresh(op)
-        inputs, outputs = zip(graph.input_names, graph.inputs), zip(graph.output_names, graph.outputs)
-        graph.set_signature(list(inputs), list(outputs))
+        outputs = list(zip(graph.output_names, graph.outputs))
+        graph.set_signature([*inputs, (self.options.name, keep)], outputs)
         return Outcome(changed=True, statistics={"outputs": 1, "ops behind the product": len(chain) - 1})
 
 
@@ -78,15 +79,25 @@ def rows_behind(graph: Graph, output: Value, axis: int) -> list[Op]:
             if axis >= value.rank - 1:
                 raise Refused(f"%{value.name} has no rows along axis {axis}, which its product makes")
             return chain
-        computed = [v for v in op.inputs if v is not None and not graph.is_constant(v)]
+        constants = [v for v in op.inputs if v is not None and is_fixed(graph, v)]
+        computed = [v for v in op.inputs if v is not None and v not in constants]
         by_row = op.kind in ("elementwise", "tie") and len(computed) == 1 and computed[0].rank == value.rank
-        constants = [v for v in op.inputs if v is not None and graph.is_constant(v)]
         if not by_row or any(_along(v, value, axis) for v in constants):
             raise Refused(
                 f"{op.target} (%{op.name}) stands between the output and its product, and is not known to work on "
                 "each row by itself"
             )
         value = computed[0]
+
+
+def is_fixed(graph: Graph, value: Value) -> bool:
+    """Whether `value` is a constant, or a cast or copy of one."""
+    while value.producer is not None and value.producer.kind in ("tie", "elementwise"):
+        operands = [v for v in value.producer.inputs if v is not None]
+        if len(operands) != 1:
+            return False
+        value = operands[0]
+    return graph.is_constant(value)
 
 
 def _along(constant: Value, value: Value, axis: int) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: explain, optimize, diff, bench, passes, reproduce, doctor, export-mlir, tune-kernels."""
+"""The command line: explain, optimize, diff, bench, generate, passes, reproduce, doctor, export-mlir, tune-kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .generate_command import generate
 from .shell import BAD_INPUT, Shell, counting, keep_reproducer, out, print_json, read_arrays, working
 
 app = typer.Typer(
@@ -299,6 +300,9 @@ def tune_kernels(
         print_json([result.to_json() for result in results])
     else:
         show_measured(out(), results)
+
+
+app.command()(generate)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -51,11 +51,11 @@ def encode(module: fx.GraphModule) -> dict[str, Any]:
         elif node.op == "get_attr":
             entry["value"] = _encode_value(_fetch(module, str(node.target)), data=True)
         elif node.op == "call_function":
-            entry["target"] = _encode_target(node.target)
-            entry["args"] = [_encode(item) for item in node.args]
-            entry["kwargs"] = {key: _encode(item) for key, item in node.kwargs.items()}
+            entry["target"] = encode_target(node.target)
+            entry["args"] = [encode_item(item) for item in node.args]
+            entry["kwargs"] = {key: encode_item(item) for key, item in node.kwargs.items()}
         elif node.op == "output":
-            entry["args"] = [_encode(item) for item in node.args]
+            entry["args"] = [encode_item(item) for item in node.args]
         else:
             raise ElisionError(f"{node.name}: a {node.op} node cannot be put into a reproducer")
         nodes.append(entry)
@@ -69,7 +69,7 @@ def _fetch(module: fx.GraphModule, path: str) -> Any:
     return found
 
 
-def _encode_target(target: Any) -> str:
+def encode_target(target: Any) -> str:
     if target in _NAMES:
         return _NAMES[target]
     if isinstance(target, torch._ops.OpOverload):
@@ -87,7 +87,7 @@ def _encode_value(value: Any, *, data: bool = False) -> Any:
     }
     small = value.numel() <= EMBED if data else False
     if small and not value.is_complex() and not hasattr(value, "fake_mode"):
-        entry["data"] = [_encode(item) for item in value.detach().cpu().flatten().tolist()]
+        entry["data"] = [encode_item(item) for item in value.detach().cpu().flatten().tolist()]
     return entry
 
 
@@ -99,7 +99,7 @@ def _hint(length: Any) -> Any:
     return length
 
 
-def _encode(item: Any) -> Any:
+def encode_item(item: Any) -> Any:
     if item is None or isinstance(item, bool | int | str):
         return item
     if isinstance(item, float):
@@ -107,11 +107,11 @@ def _encode(item: Any) -> Any:
     if isinstance(item, fx.Node):
         return {"node": item.name}
     if isinstance(item, tuple | list):
-        return {"tuple" if isinstance(item, tuple) else "list": [_encode(one) for one in item]}
+        return {"tuple" if isinstance(item, tuple) else "list": [encode_item(one) for one in item]}
     if isinstance(item, dict):
-        return {"dict": {str(key): _encode(one) for key, one in item.items()}}
+        return {"dict": {str(key): encode_item(one) for key, one in item.items()}}
     if isinstance(item, slice):
-        return {"slice": [_encode(one) for one in (item.start, item.stop, item.step)]}
+        return {"slice": [encode_item(one) for one in (item.start, item.stop, item.step)]}
     if isinstance(item, torch.device):
         return {"device": str(item)}
     for name, kind in _KINDS.items():
@@ -143,14 +143,14 @@ def decode(data: dict[str, Any]) -> fx.GraphModule:
                 node = graph.get_attr(f"weight_{index}")
                 value = mode.from_tensor(value)
             elif op == "call_function":
-                function = _decode_target(str(entry["target"]))
-                args = tuple(_decode(item, nodes) for item in entry["args"])
-                kwargs = {str(key): _decode(item, nodes) for key, item in entry["kwargs"].items()}
+                function = decode_target(str(entry["target"]))
+                args = tuple(decode_item(item, nodes) for item in entry["args"])
+                kwargs = {str(key): decode_item(item, nodes) for key, item in entry["kwargs"].items()}
                 node = graph.call_function(function, args, kwargs)
                 fakes = map_arg((args, kwargs), lambda n: values[n.name])
                 value = function(*fakes[0], **fakes[1])
             elif op == "output":
-                graph.output(_decode(entry["args"][0], nodes))
+                graph.output(decode_item(entry["args"][0], nodes))
                 break
             else:
                 raise ElisionError(f"{name}: unknown sort of node {op!r} in the reproducer")
@@ -166,7 +166,7 @@ def _attribute(value: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
     return torch.nn.Parameter(value) if parameter else value
 
 
-def _decode_target(name: str) -> Any:
+def decode_target(name: str) -> Any:
     if name in PLAIN:
         return PLAIN[name]
     parts = name.split(".")
@@ -192,26 +192,26 @@ def _decode_value(entry: Any, seed: int) -> Any:
 
     with unset_fake_temporarily():
         if "data" in entry:
-            return torch.tensor([_decode(item, {}) for item in entry["data"]], dtype=dtype).reshape(shape)
+            return torch.tensor([decode_item(item, {}) for item in entry["data"]], dtype=dtype).reshape(shape)
         generator = np.random.default_rng(seed)
         if dtype.is_floating_point:
             return torch.from_numpy(np.asarray(generator.standard_normal(shape) * 0.02)).to(dtype)
         return torch.from_numpy(np.asarray(generator.integers(0, 2, shape))).to(dtype)
 
 
-def _decode(item: Any, nodes: dict[str, fx.Node]) -> Any:
+def decode_item(item: Any, nodes: dict[str, fx.Node]) -> Any:
     if not isinstance(item, dict):
         return item
     ((kind, inner),) = item.items()
     if kind == "node":
         return nodes[str(inner)]
     if kind in ("list", "tuple"):
-        decoded = [_decode(one, nodes) for one in inner]
+        decoded = [decode_item(one, nodes) for one in inner]
         return tuple(decoded) if kind == "tuple" else decoded
     if kind == "dict":
-        return {key: _decode(one, nodes) for key, one in inner.items()}
+        return {key: decode_item(one, nodes) for key, one in inner.items()}
     if kind == "slice":
-        return slice(*(_decode(one, nodes) for one in inner))
+        return slice(*(decode_item(one, nodes) for one in inner))
     if kind == "float":
         return float(inner)
     if kind == "device":

@@ -7,11 +7,13 @@ of a tree are told apart by nothing else, so one call can hold rows of many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+from ..passes.errors import ElisionError
 
 CHUNK = 512
 """Rows of one call while a prompt is read."""
@@ -33,7 +35,7 @@ class Rows:
 
 
 class StepModel(Protocol):
-    """What runs a step graph. `capacity`: all slots, the last is the scratch slot; `vocabulary`: V."""
+    """What runs a step graph. `capacity`: C; `vocabulary`: V."""
 
     capacity: int
     vocabulary: int
@@ -49,10 +51,11 @@ class StepModel(Protocol):
 
 
 class Slots:
-    """Which slots are taken. Sequences get runs of them, the lowest that are free; the scratch slot is nobody's."""
+    """Which slots are taken. Sequences get runs of them, the lowest that are free. None is kept for rows of padding: no
+    runner here pads."""
 
     def __init__(self, capacity: int) -> None:
-        self.total = capacity - 1
+        self.total = capacity
         self._taken: list[tuple[int, int]] = []  # (start, count), in order
 
     def take(self, count: int) -> int | None:
@@ -120,3 +123,19 @@ def read_prompt(model: StepModel, start: int, ids: Sequence[int], chunk: int = C
         scores = model.step(chain(start, first, part), [len(part) - 1])
     assert scores is not None, "a prompt has at least one id"
     return scores[0]
+
+
+def named_inputs(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """`inputs` by the names of a prelude; a single one may come without its name. Raises ElisionError."""
+    if list(inputs) == [""] and len(names) == 1:
+        inputs = {names[0]: inputs[""]}
+    missing = [name for name in names if name not in inputs]
+    if missing:
+        raise ElisionError(f"encoder_inputs lack {missing[0]!r}; the encoder reads {', '.join(names)}")
+    return {name: _array(inputs[name]) for name in names}
+
+
+def _array(item: Any) -> np.ndarray:
+    array = item.detach().cpu().numpy() if hasattr(item, "detach") else np.asarray(item)
+    array = array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(np.float32)
+    return array[None] if array.ndim == 1 else array

@@ -14,7 +14,7 @@ from elision.runtime.lm_step import Rows
 class Recompute:
     """Remembers which id lies in which slot, and runs the whole model over the keys that a row sees."""
 
-    def __init__(self, model: Any, capacity: int = 65) -> None:
+    def __init__(self, model: Any, capacity: int = 64) -> None:
         self.model, self.capacity = model.eval(), capacity
         self.vocabulary = int(model.config.vocab_size)
         self.slots = np.full(capacity, -1)

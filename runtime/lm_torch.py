@@ -1,0 +1,72 @@
+"""Runs a step graph in PyTorch, its caches written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..passes.errors import ElisionError
+from .lm_step import Rows, named_inputs
+
+
+class TorchSteps:
+    """See `lm_step.StepModel`.
+
+    module: takes the inputs called `inputs`, in this order, and gives a flat list of outputs called `outputs`.
+    caches: name, shape and dtype of each cache. prelude: computes the inputs that hold what an encoder read."""
+
+    def __init__(
+        self,
+        module: Any,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        caches: Mapping[str, Sequence[int]],
+        vocabulary: int,
+        prelude: Any = None,
+        prelude_inputs: Sequence[str] = (),
+        prelude_outputs: Sequence[str] = (),
+        threads: int = 0,
+    ) -> None:
+        self._module, self._inputs, self._outputs = module, list(inputs), list(outputs)
+        self._prelude, self._prelude_names = prelude, (list(prelude_inputs), list(prelude_outputs))
+        self._values: dict[str, torch.Tensor] = {
+            name: torch.zeros(tuple(shape), dtype=torch.float32) for name, shape in caches.items()
+        }
+        self._caches = {f"{name}.out": name for name in caches}
+        self.capacity = int(next(iter(caches.values()))[1])
+        self.vocabulary = vocabulary
+        if threads:
+            torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def step(self, rows: Rows, keep: Sequence[int] | None = None) -> np.ndarray:
+        wanted = np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64)
+        values = self._values
+        values["input_ids"] = torch.from_numpy(rows.ids)[None]
+        values["position_ids"] = torch.from_numpy(rows.positions)[None]
+        for name in ("slots", "prefix", "ancestors"):
+            values[name] = torch.from_numpy(np.ascontiguousarray(getattr(rows, name)))
+        values["keep"] = torch.from_numpy(wanted)
+        missing = [name for name in self._inputs if name not in values]
+        if missing:
+            raise ElisionError(
+                f"the model waits for {missing[0]!r}: an encoder-decoder needs encoder_inputs first"
+            )
+        results = self._module(*[values[name] for name in self._inputs])
+        for name, result in zip(self._outputs, results):
+            if name in self._caches:  # the same memory where the graph writes in place
+                values[self._caches[name]] = result
+        scores = results[0][0]
+        return (scores if "keep" in self._inputs else scores[wanted]).numpy()
+
+    @torch.inference_mode()
+    def begin(self, inputs: dict[str, Any]) -> None:
+        if self._prelude is None:
+            raise ElisionError("this model has no encoder")
+        names, made = self._prelude_names
+        given = named_inputs(inputs, names)
+        results = self._prelude(*[torch.from_numpy(np.asarray(given[name])) for name in names])
+        self._values.update(zip(made, results))
