@@ -65,6 +65,7 @@ def evaluate(graph: Graph, plan: Plan, text: Text, capacity: int) -> Tables:
     tables = Tables()
     for value, axis in plan.tables.items():
         tables.rows[value] = _table(value, axis, {n: found[value] for n, found in at.items()})
+        _check_reach(value, tables.rows[value], capacity)
     for value in plan.fixed:
         first = at[capacity][value]
         for length in lengths:
@@ -95,6 +96,26 @@ def _table(value: Value, axis: int, at: dict[int, np.ndarray]) -> np.ndarray:
                 "reads it"
             )
     return whole
+
+
+def _check_reach(value: Value, rows: np.ndarray, capacity: int) -> None:
+    """Refuse positions that a learned table, further down, does not have."""
+    queue = [value]
+    while queue:
+        for op, index in queue.pop().users:
+            if op.kind in ("embedding", "gather") and index == 1:
+                table = op.inputs[0]
+                length = (
+                    None if table is None or table.shape is None else table.shape[op.attrs.get("axis", 0)]
+                )
+                if isinstance(length, int) and rows.max() >= length:
+                    assert table is not None
+                    raise Refused(
+                        f"{op.target} (%{op.name}) looks up entry {rows.max()} of %{table.name}, which has {length}: a "
+                        f"capacity of {capacity} is too large"
+                    )
+            elif op.kind in ("reshape", "transpose", "expand", "tie") or op.attrs.get("fn") == "cast":
+                queue.append(op.output)
 
 
 def _rule(attention: Attention, at: dict[int, dict[Value, np.ndarray]]) -> PairRule:
