@@ -65,6 +65,7 @@ class Incremental(Pass):
         pasts = _without_cache(graph)
         names = self._names(graph)
         self._one_sequence(graph, names)
+        graph.remove_dead()
         plan, short = self._plan(graph, names)
         if not plan.attentions:
             raise NothingMatched(

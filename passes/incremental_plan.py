@@ -227,3 +227,4 @@ def drop_last_rows(graph: Graph, bindings: Bindings, op: Op) -> None:
     graph.replace_uses(op.output, source)
     for user in later:
         graph.refresh(user)
+    graph.remove_dead()
