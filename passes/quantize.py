@@ -7,7 +7,7 @@ once where they are one matrix. Convolutions stay. After Frantar et al., GPTQ, I
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +34,8 @@ class QuantizeOptions:
     method: rtn rounds to the nearest; mse looks for the scale of least error; gptq makes errors good by later weights,
     which takes samples; auto is gptq where there are samples, else mse. activations: for encoders, all at 8 bits with
     inputs rounded too. keep_source: weights that come from a quantized file stay as the file has them.
-    scales: their type. form: of products in ONNX files, elision or matmulnbits (ONNX Runtime's own)."""
+    scales: how they are stored, as float32 in ONNX files, whose operators take no other, else as float16; auto rounds
+    them to float16 in both. form: of products in ONNX files, elision or matmulnbits (ONNX Runtime's own)."""
 
     bits: Bits = 4
     group: int = 32
@@ -44,7 +45,7 @@ class QuantizeOptions:
     method: Literal["auto", "rtn", "mse", "gptq"] = "auto"
     activations: bool = False
     keep_source: bool = True
-    scales: Literal["float16", "float32"] = "float16"
+    scales: Literal["auto", "float16", "float32"] = "auto"
     form: Literal["auto", "elision", "matmulnbits"] = "auto"
 
     def __post_init__(self) -> None:
@@ -87,7 +88,10 @@ class Quantize(Pass):
                 f"quantize found no product or table with a constant weight{f' ({reasons})' if reasons else ''}"
             )
         targets = [t for t in found.targets if options.bits_of(t.role) != 32]
-        chooser = _Chooser(options, context, calibrated=bool(context.samples) or options.method == "gptq")
+        calibrated = bool(context.samples) or options.method == "gptq"
+        chooser = _Chooser(
+            options, context, calibrated, wide=graph.host == "onnx" and options.scales == "auto"
+        )
         notes = [f"{count} left: {reason}" for reason, count in found.left.items()]
         if samples:
             try:
@@ -119,10 +123,11 @@ class Quantize(Pass):
 class _Chooser:
     """Chooses the quantized form of every target, each matrix once."""
 
-    def __init__(self, options: QuantizeOptions, context: PassContext, calibrated: bool) -> None:
+    def __init__(self, options: QuantizeOptions, context: PassContext, calibrated: bool, wide: bool) -> None:
         self.options = options
         self.formats: Any = context.formats if options.keep_source else None
         self.calibrated = calibrated
+        self.wide = wide
         self.report = Report()
         self.chosen: dict[Target, Quantized | np.ndarray] = {}
         self.tokens = 0
@@ -142,7 +147,8 @@ class _Chooser:
             weight = np.ascontiguousarray(target.weight)
             kept = None if self.formats is None or bits > 8 else self.formats.lookup(weight)
             source = kept is not None
-            self._made[key] = kept if kept is not None else self._rounded(weight, bits, target, inputs)
+            made = kept if kept is not None else self._rounded(weight, bits, target, inputs)
+            self._made[key] = widened(made) if self.wide and isinstance(made, Quantized) else made
         result = self.chosen[target] = self._made[key]
         if inputs is not None and inputs.arrays:
             self.tokens = max(self.tokens, inputs.count)
@@ -160,7 +166,7 @@ class _Chooser:
             "bits": bits,
             "group": group,
             "symmetric": options.symmetric,
-            "scales": options.scales if in_range(weight, bits) else "float32",
+            "scales": "float32" if options.scales == "float32" or not in_range(weight, bits) else "float16",
         }
         method = options.method
         if method == "auto":
@@ -181,6 +187,13 @@ def _identity(target: Target) -> tuple[Any, ...]:
     if target.role == LINEAR:
         return weight.shape, weight.strides, weight.__array_interface__["data"][0]
     return weight.shape, hash(np.ascontiguousarray(weight).tobytes())
+
+
+def widened(made: Quantized) -> Quantized:
+    """With scales and offsets as float32."""
+    offsets = made.zeros is not None and made.zeros.dtype != np.uint8
+    zeros = made.zeros.astype(np.float32) if offsets and made.zeros is not None else made.zeros
+    return replace(made, scales=made.scales.astype(np.float32), zeros=zeros)
 
 
 def sixteen(weight: np.ndarray) -> np.ndarray:

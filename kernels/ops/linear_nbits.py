@@ -100,10 +100,20 @@ def lengths(given: list[Any], attrs: dict[str, Any]) -> dict[str, int]:
 
 
 # ---- in ONNX -------------------------------------------------------------------------------------------
-def write_product(b: Body, x: str, zeros: tuple[int, int] | None, attrs: dict[str, Any]) -> str:
+def write_product(
+    b: Body,
+    x: str,
+    scale_type: tuple[int, int] | None,
+    zeros: tuple[int, int] | None,
+    attrs: dict[str, Any],
+) -> str:
     """x (float32) times the operands "weight", "scales", "zeros": MatMulNBits, or products with what was unpacked where
-    the lengths are not known."""
-    scales = b.cast("scales", FLOAT)
+    the lengths are not known.
+
+    Its integer sums (accuracy_level 4) are wrong where scales or zero points are computed and nobody folds them, in
+    onnxruntime 1.32 too; those are left to its floating-point sums."""
+    direct = scale_type is not None and scale_type[1] == FLOAT
+    scales = "scales" if direct else b.cast("scales", FLOAT)
     if not attrs["width"] or not attrs["channels"]:
         return b("MatMul", x, b.permute(_unpacked(b, x, scales, zeros, attrs), [1, 0]))
     bits, group = attrs["bits"], attrs["group"]
@@ -116,11 +126,20 @@ def write_product(b: Body, x: str, zeros: tuple[int, int] | None, attrs: dict[st
     offset = None
     if zeros is not None and zeros[1] == UINT8:
         operands.append(_packed(b, _repeated(b, "zeros", repeat), bits))
+        direct = direct and operands[-1] == "zeros"
     elif zeros is not None:
-        # q * scale as (q - 0) * scale, and what the offsets add from the sums of x over the groups
-        operands.append(_packed(b, b.cast(b("Mul", scales, b.constant(0, FLOAT)), UINT8), bits))
-        offset = b("MatMul", _sums(b, x, attrs), b.permute(b.cast("zeros", FLOAT), [1, 0]))
-    out = b("MatMulNBits", *operands, domain="com.microsoft", bits=bits, block_size=block, accuracy_level=4)
+        # (q - middle) * scale, and what the rest of the offsets adds, from the sums of x over the groups
+        whole = "scales" if scale_type is not None and scale_type[1] == FLOAT else b.cast("scales", FLOAT)
+        middle = b("Mul", whole, b.constant(float(1 << bits - 1), FLOAT))
+        rest = b("Add", b.cast("zeros", FLOAT), middle)
+        offset = b("MatMul", _sums(b, x, attrs), b.permute(rest, [1, 0]))
+    common: dict[str, Any] = {"accuracy_level": 4 if direct and repeat == 1 else 0}
+    if zeros is None and repeat == 1:  # one function for all widths of weights
+        out = b("MatMulNBits", *operands, domain="com.microsoft", **common)
+        b.refer("bits", "bits")
+        b.refer("block_size", "group")
+    else:
+        out = b("MatMulNBits", *operands, domain="com.microsoft", bits=bits, block_size=block, **common)
     b.refer("K", "width")
     b.refer("N", "channels")
     return out if offset is None else b("Add", out, offset)
@@ -189,7 +208,7 @@ def _unpacked(b: Body, x: str, scales: str, zeros: tuple[int, int] | None, attrs
 def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     dtype = operands[0][1]
     x = "x" if dtype == FLOAT else b.cast("x", FLOAT)
-    out = write_product(b, x, operands[3], attrs)
+    out = write_product(b, x, operands[2], operands[3], attrs)
     if operands[4] is not None:
         out = b("Add", out, b.cast("bias", FLOAT))
     return [out if dtype == FLOAT else b.cast(out, dtype)]

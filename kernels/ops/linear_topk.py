@@ -69,7 +69,7 @@ def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
             scale = b("Add", scale, b.constant(attrs["norm_offset"], FLOAT))
         x = b("Mul", x, scale)
     if attrs["bits"] in BITS:
-        out = write_product(b, x, operands[3], attrs)
+        out = write_product(b, x, operands[2], operands[3], attrs)
     else:
         out = b("MatMul", x, b.permute(b.cast("weight", FLOAT), [1, 0]))
     if operands[4] is not None:
