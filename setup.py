@@ -19,7 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = "kernels/cpu/csrc"
 LIBRARY = "libelision.so"
-HOSTS = ["common", "threads", "interface", "linear_pack", "onnxruntime", "onnxruntime_linear", "onnxruntime_steps"]
+HOSTS = ["common", "threads", "interface", "linear_pack", "weight_memory"]
+HOSTS += ["onnxruntime", "onnxruntime_linear", "onnxruntime_steps"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -32,7 +32,8 @@ def pack_weights(graph: Graph, op: Op, name: str, attrs: dict[str, Any], made: d
     if key not in made:
         tensors = [None if t is None else t.detach() for t in tensors]
         packed = cpu.pack_weight(*tensors, bits=attrs["bits"], group=attrs["group"], width=x.shape[-1])
-        made[key] = graph.insert_constant(packed.numpy(), f"{parts[0].name}_packed")  # type: ignore[union-attr]
+        value = made[key] = graph.insert_constant(packed.numpy(), f"{parts[0].name}_packed")  # type: ignore[union-attr]
+        setattr(host.module, str(value.raw.target), packed)  # itself: a copy would not be in large pages
     rest = op.inputs[OPERANDS[name] :]
     kept = {n: attrs[n] for n in ("k", "eps", "norm_offset") if n in attrs}
     form = "linear_topk_packed" if name == "linear_topk" else "linear_packed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import weakref
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 ISA = "ELISION_ISA"
 """The environment variable that asks for a variant: avx512, avx2 or portable. Read when the library loads."""
 
-ABI = 5
+ABI = 6
 NAME = "libelision.so"
 
 FLOAT32, UINT8, BOOL, FLOAT16, BFLOAT16 = 1, 2, 9, 10, 16
@@ -95,7 +96,10 @@ class Linear(Structure):
 class Cached(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v", "out", "key_cache", "value_cache")),
-        *((name, c_void_p) for name in ("slots", "prefix", "ancestors", "bias", "cos", "sin", "q_norm", "k_norm")),
+        *(
+            (name, c_void_p)
+            for name in ("slots", "prefix", "ancestors", "bias", "cos", "sin", "q_norm", "k_norm")
+        ),
         *((name, c_int64) for name in ("rows", "heads", "kv_heads", "capacity", "width", "value_width")),
         *((name, c_int64) for name in ("columns", "bias_heads", "bias_length", "turned")),
         *((name, c_int64) for name in ("q_norm_length", "k_norm_length")),
@@ -150,6 +154,10 @@ def _loaded() -> tuple[Any, str]:
         function = getattr(library, name)
         function.restype = c_int
         function.argtypes = [POINTER(struct), POINTER(Runner), c_char_p, c_size_t]
+    library.elision_weight_memory.argtypes = [c_size_t]
+    library.elision_weight_memory.restype = c_void_p
+    library.elision_free_weight.argtypes = [c_void_p]
+    library.elision_free_weight.restype = None
     library.elision_packed_bytes.restype = c_int64
     library.elision_packed_bytes.argtypes = [POINTER(Pack)]
     library.elision_own_threads.argtypes = [c_int, POINTER(Runner)]
@@ -199,6 +207,17 @@ def call(name: str, args: Structure, threads: int) -> None:
     library.elision_own_threads(threads, ctypes.byref(runner))
     if getattr(library, name)(ctypes.byref(args), ctypes.byref(runner), error, len(error)):
         raise ValueError(error.value.decode())
+
+
+def weight_memory(size: int) -> Any:
+    """A ctypes array of `size` bytes in large pages, freed with its last reader. Raises MemoryError."""
+    library = _need()
+    at = library.elision_weight_memory(size)
+    if not at:
+        raise MemoryError(f"no room for a weight of {size} bytes")
+    memory = (ctypes.c_uint8 * size).from_address(at)
+    weakref.finalize(memory, library.elision_free_weight, at)
+    return memory
 
 
 def packed_bytes(args: Pack) -> int:

@@ -57,7 +57,7 @@ def pack(
     if size == 0:
         kinds = [str(t.dtype) for t in (weight, scales, zeros) if t is not None]
         raise ValueError(f"no kernel for weights of {', '.join(kinds)} in groups of {group}")
-    packed = torch.empty(size, dtype=torch.uint8)
+    packed = torch.frombuffer(library.weight_memory(size), dtype=torch.uint8)
     args.packed = packed.data_ptr()
     call("elision_pack", args, torch.get_num_threads())
     return packed

@@ -169,6 +169,9 @@ ELISION_API int elision_attention(const elision_attention_args* args, const elis
 // Bytes of the packed weight; 0: there is no such weight. `packed` is not read.
 ELISION_API int64_t elision_packed_bytes(const elision_pack_args* args);
 ELISION_API int elision_pack(const elision_pack_args* args, const elision_runner* runner, char* error, size_t room);
+// Room for a packed weight, in large pages where there are any; null: there is none. Freed by its address.
+ELISION_API void* elision_weight_memory(size_t bytes);
+ELISION_API void elision_free_weight(void* memory);
 ELISION_API int elision_linear(const elision_linear_args* args, const elision_runner* runner, char* error, size_t room);
 
 ELISION_API int elision_cached(const elision_cached_args* args, const elision_runner* runner, char* error, size_t room);

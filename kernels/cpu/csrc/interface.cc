@@ -238,5 +238,5 @@ void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* de
   }
 }
 
-int elision_abi(void) { return 5; }
+int elision_abi(void) { return 6; }
 }

@@ -200,6 +200,8 @@ int linear_of(const elision_linear_args& args, const PackedHeader& header, const
     l.shape.block = header.group == 16 ? 16 : 32;
     l.shape.groups = header.groups, l.shape.per_group = header.group / l.shape.block, l.shape.bits = header.bits;
     l.shape.zeros = header.zero_dtype == 0 ? ZERO_FIXED : header.zero_dtype == ELISION_U8 ? ZERO_INTS : ZERO_OFFSETS;
+    l.shape.head = head_bytes(header);
+    l.shape.share = (header.tile_bytes + l.shape.groups * l.shape.per_group - 1) / (l.shape.groups * l.shape.per_group);
     l.most = NBITS_ROWS, l.row_bytes = l.shape.row_bytes();
   } else {
     l.most = FLOATS_ROWS, l.row_bytes = args.width * 4;

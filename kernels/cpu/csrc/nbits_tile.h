@@ -16,6 +16,7 @@ enum { ZERO_FIXED, ZERO_INTS, ZERO_OFFSETS };
 struct NbitsShape {
   int64_t groups, per_group, block;  // blocks in a group, columns in a block
   int32_t bits, zeros;
+  int64_t head, share;  // bytes in front of a tile's weights, and of a tile for each block
   int64_t columns() const { return groups * per_group * block; }
   int64_t row_bytes() const { return groups * (per_group * (block + 8) + 4); }
 };
@@ -54,6 +55,10 @@ void quantize_row(const float* x, const NbitsShape& s, int64_t row, int64_t rows
   }
 }
 
+// How far ahead memory is asked for: processors do so by themselves within a page, and for a stream that they know, but
+// a tile has two, its scales and its weights. What follows a tile is the next one.
+constexpr int64_t FETCH = 8192;
+
 // out [R][16]. zeros: int32 or float [groups][16].
 template <int BITS, int ZEROS, int B, int R>
 void nbits_tile(const uint8_t* weight, const float* scales, const void* zeros, const char* panel, const NbitsShape& s,
@@ -62,6 +67,7 @@ void nbits_tile(const uint8_t* weight, const float* scales, const void* zeros, c
   const float* sums = reinterpret_cast<const float*>(panel + s.groups * s.per_group * STRIDE);
   for (int64_t part = 0; part < TILE_NBITS / W; ++part) {
     const uint8_t* w = weight + part * LANES;
+    const uint8_t* ahead = weight - s.head + FETCH;
     const char* at = panel;
     Vec total[R];
     for (int r = 0; r < R; ++r) total[r] = set(0.0f);
@@ -73,8 +79,8 @@ void nbits_tile(const uint8_t* weight, const float* scales, const void* zeros, c
       for (int64_t b = 0; b < s.per_group; ++b, at += STRIDE, w += BLOCK) {
         const float* scale = reinterpret_cast<const float*>(at + B * R);
         const int32_t* begin = reinterpret_cast<const int32_t*>(at + (B + 4) * R);
-        if (R < 4)
-          for (int i = 0; i < BLOCK; i += 64) fetch(w + i + 2048);
+        for (int64_t i = 0; i < s.share; i += 64) fetch(ahead + i);
+        ahead += s.share;
         Ints dots[R];
         for (int r = 0; r < R; ++r) {
           dots[r] = set(begin[r]);

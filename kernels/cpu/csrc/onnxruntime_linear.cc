@@ -14,12 +14,17 @@ namespace {
 struct Weight {
   int64_t bits = 0, group = 0;
   int64_t channels = 0, width = 0, size = 0;
-  std::unique_ptr<uint8_t[]> memory;
-  uint8_t* packed = nullptr;  // in memory, at the beginning of a page
+  void* packed = nullptr;
+
+  Weight() = default;
+  Weight(const Weight&) = delete;
+  Weight& operator=(const Weight&) = delete;
+  ~Weight() {
+    if (packed != nullptr) elision_free_weight(packed);
+  }
 };
 
 constexpr size_t WEIGHT = 1, SCALES = 2, ZEROS = 3, PARTS = 4;
-constexpr uintptr_t PAGE = 4096;
 
 // What a node keeps.
 struct Own {
@@ -56,9 +61,8 @@ void pack(const Kernel& kernel, const Tensor& weight, const Tensor& scales, cons
   to->channels = args.channels, to->width = width;
   to->size = elision_packed_bytes(&args);
   if (to->size == 0) stop(name + ": there is no kernel for a weight of this type");
-  to->memory.reset(new uint8_t[static_cast<size_t>(to->size) + PAGE]);
-  const uintptr_t at = reinterpret_cast<uintptr_t>(to->memory.get());
-  to->packed = to->memory.get() + (PAGE - at % PAGE) % PAGE;
+  if (to->packed == nullptr) to->packed = elision_weight_memory(static_cast<size_t>(to->size));
+  if (to->packed == nullptr) stop(name + ": out of memory", ORT_RUNTIME_EXCEPTION);
   args.packed = to->packed;
   char error[256] = "";
   if (elision_pack(&args, &runner, error, sizeof error) != 0) stop(error);
