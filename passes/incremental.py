@@ -134,6 +134,10 @@ class Incremental(Pass):
                 graph.fix_length(value, 0, 1)
             elif value.shape[0] != 1:
                 raise Refused(f"the input %{name} has the static batch {value.shape[0]}, not 1")
+        for name in filter(None, names[1:]):
+            value, ids = _input(graph, name), _input(graph, names[0])
+            if value.shape is not None and ids.shape is not None and value.shape[1] != ids.shape[1]:
+                graph.same_length(value, 1, ids, 1)  # its length was that of the past, and the tokens
 
     def _plan(self, graph: Graph, names: tuple[str, str, str]) -> tuple[Plan, bool]:
         """The plan, and whether the graph gave its last rows only."""

@@ -213,6 +213,11 @@ class Graph(abc.ABC):
         The view is built anew: ops and values that the caller holds are void."""
         raise ElisionError(f"a graph of {self.host} cannot have a length fixed")
 
+    def same_length(self, value: Value, axis: int, like: Value, like_axis: int) -> None:
+        """Let the symbolic length of input `value`'s `axis` be that of input `like`'s `like_axis`, everywhere in the
+        graph. The view is built anew, as by `fix_length`."""
+        raise ElisionError(f"a graph of {self.host} cannot have lengths made equal")
+
     # ---- shared --------------------------------------------------------------------------------------
     def replace_uses(self, old: Value, new: Value) -> None:
         """Let every use of `old`, graph outputs too, be a use of `new`. Shapes further down are not refreshed."""

@@ -280,7 +280,13 @@ class OnnxGraph(Graph):
         onnx_state.set_signature(self, inputs, outputs)
 
     def fix_length(self, value: Value, axis: int, length: int) -> None:
-        onnx_state.fix_length(self, value.raw, axis, length)
+        self._let_length(value, axis, length)
+
+    def same_length(self, value: Value, axis: int, like: Value, like_axis: int) -> None:
+        self._let_length(value, axis, self.env.need(like.raw)[like_axis])
+
+    def _let_length(self, value: Value, axis: int, length: Dim) -> None:
+        onnx_state.let_length(self, value.raw, axis, length)
         lengths = self.lengths
         OnnxGraph.__init__(self, self.model, env=self.env)
         self.lengths.update(lengths)

@@ -206,16 +206,17 @@ def drop_input(graph: OnnxGraph, raw: ir.Value, kept: Sequence[ir.Value]) -> Non
 
 
 # ---- lengths -----------------------------------------------------------------------------------------
-def fix_length(graph: OnnxGraph, raw: ir.Value, axis: int, length: int) -> None:
-    """See `Graph.fix_length`; the caller builds its view anew. Raises Refused where the length is another number."""
+def let_length(graph: OnnxGraph, raw: ir.Value, axis: int, length: Dim) -> None:
+    """See `Graph.fix_length` and `same_length`; the caller builds its view anew. Raises Refused where the length is
+    another number."""
     shape = graph.env.shape(raw)
     if shape is None:
         raise Refused(f"the rank of the input '{raw.name}' is not known")
     old = shape[axis]
-    if isinstance(old, int):
-        if old != length:
-            raise Refused(f"axis {axis} of the input '{raw.name}' has length {old}, not {length}")
+    if old == length:
         return
+    if isinstance(old, int):
+        raise Refused(f"axis {axis} of the input '{raw.name}' has length {old}, not {length}")
     for value in graph.raw_values():
         if value.shape is None or constant_tensor(value) is not None:
             continue

@@ -143,6 +143,14 @@ def test_fix_length() -> None:
         graph.fix_length(graph.inputs[1], 1, 6)
 
 
+def test_same_length() -> None:
+    graph = counting()
+    mask = graph.add_input("mask", "int64", [1, "T"])
+    graph.same_length(mask, 1, graph.inputs[0], 1)
+    graph.verify()
+    assert graph.inputs[2].shape == graph.inputs[0].shape
+
+
 def test_replace_uses_reaches_every_use() -> None:
     graph = counting()
     x = graph.inputs[1]
