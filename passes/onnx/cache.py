@@ -84,14 +84,26 @@ def find_joins(ed: Editor) -> Iterator[tuple[ir.Value, ir.Node, int]]:
     for past in ed.graph.inputs:
         if past.dtype is None or not past.dtype.is_floating_point() or len(ed.shape(past) or ()) < 3:
             continue
-        for use in past.uses():
+        shape = ed.shape(past) or ()
+        for node in joined_by(past):
+            axis = node.attributes.get_int("axis", 0) % len(shape)
+            if not isinstance(shape[axis], int) and put_out(node.outputs[0]):
+                yield past, node, axis
+                break
+
+
+def joined_by(past: ir.Value) -> Iterator[ir.Node]:
+    """Every Concat of the past, as it stands, and something behind it."""
+    queue = [past]
+    while queue:
+        for use in queue.pop().uses():
             node = use.node
-            if node.op_type == "Concat" and node.domain == "" and use.idx == 0 and len(node.inputs) == 2:
-                shape = ed.shape(past) or ()
-                axis = node.attributes.get_int("axis", 0) % len(shape)
-                if not isinstance(shape[axis], int) and put_out(node.outputs[0]):
-                    yield past, node, axis
-                    break
+            if node.domain != "" or use.idx != 0:
+                continue
+            if node.op_type == "Concat" and len(node.inputs) == 2:
+                yield node
+            elif node.op_type == "Identity" or (node.op_type == "Concat" and len(node.inputs) == 1):
+                queue.append(node.outputs[0])
 
 
 def holds_cache(node: ir.Node) -> bool:
