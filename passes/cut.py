@@ -102,7 +102,7 @@ class Cutter:
         if op.kind == "size":
             self._measure(op)
             return
-        if op.kind in ("unknown", "elision"):
+        if op.kind in ("unknown", "elision") and not signatures.by_position(op):
             name = tokens[levels.index(target)].name
             raise Refused(
                 f"{op.target} (%{op.name}) reads %{name}, whose tokens are cut, and has no known role"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .analysis.masks import causal_because, padding_mask
+from .analysis.signatures import by_position
 from .analysis.spaces import Analysis, Block, TokenSpace
 from .cut_maps import WHOLE
 from .errors import Refused
@@ -149,7 +150,7 @@ def entry(analysis: Analysis, space: TokenSpace, block: Block) -> Value:
             "select",
         )
         if len(data) != 1 or not (
-            through or (op.kind == "elementwise" and not _whole(analysis, space, found))
+            through or by_position(op) or (op.kind == "elementwise" and not _whole(analysis, space, found))
         ):
             break
         found = data[0]

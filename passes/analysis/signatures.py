@@ -24,6 +24,15 @@ POSITION_KEEPING = frozenset(
 )
 
 
+# Ops of our dialect that treat every position of all axes but the last for itself.
+BY_POSITION = ("linear_nbits", "linear_rows", "gated", "embedding_nbits")
+
+
+def by_position(op: Op) -> bool:
+    """Whether an op of our dialect treats tokens one by one, as a product or an elementwise function does."""
+    return op.kind == "elision" and op.target.split(".")[-1].startswith(BY_POSITION)
+
+
 def row(*kinds: str) -> Callable[[Signature], Signature]:
     """Enter a signature into the table under the given kinds."""
 
@@ -250,6 +259,12 @@ def _elision(op: Op) -> Groups:
         return
     if name.startswith("attention"):
         yield from attention_groups(x, operand(op, 1), operand(op, 2), op.operand(3), op.output)
+    elif by_position(op):
+        for axis in range(x.rank - (not name.startswith("embedding_nbits"))):
+            yield [(x, axis), (op.output, axis)]
+        other = op.operand(1)
+        if name.startswith("gated") and other is not None:
+            yield from one_to_one(x, other)
     elif name.startswith(("merge_tokens", "restore_tokens")):
         for axis in range(x.rank):
             if axis != op.attrs["axis"]:

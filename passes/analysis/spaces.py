@@ -14,6 +14,7 @@ from functools import cached_property
 from ..ir.graph import Dim, Graph, Op, Value
 from .axes import AxisType, AxisTypes, Size
 from .flow import FLOAT_INPUT, Flow, is_float
+from .signatures import by_position
 
 Ends = tuple[int, int]
 """(tokens before, tokens after) of an interval of a token space; (0, 0) is the whole space."""
@@ -146,7 +147,7 @@ class Analysis:
                 skip = self._skip(op, value, attention)
                 if skip is not None and (self.flow.depends(q, skip) or self.flow.depends(k, skip)):
                     return Block(attention, op, skip)
-                if op.kind in TRANSPARENT:
+                if op.kind in TRANSPARENT or by_position(op):
                     for out in op.outputs:
                         if out not in seen:
                             seen.add(out)

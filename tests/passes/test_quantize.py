@@ -356,3 +356,30 @@ def test_bfloat16_models(small_onnx: Any) -> None:
     kept = apply(capture(model, IDS), "quantize{bits=16}", IDS)
     weights = [kept.constant_value(op.inputs[1]) for op in kept.ops_of("elision")]
     assert {w.dtype for w in weights} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+# ---- encoders ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def encoder() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=3, num_classes=0).eval()
+    return model, (torch.randn(2, 3, 96, 96),)
+
+
+@pytest.mark.parametrize("host", ["fx", "onnx"])
+def test_merging_and_quantizing_in_either_order(encoder: Any, host: str) -> None:
+    model, x = encoder
+    graph = capture(model, x) if host == "fx" else onnx_of(model, x)
+    merge, few = "token-merge{r=4}", "quantize{bits=8 activations=true}"
+    merged = run(apply(graph, merge, x, force=True), x)[0]
+    for text in (f"{merge},{few}", f"{few},{merge}"):
+        done = report(graph, text, x, force=True)
+        assert [p.changed for p in done.passes] == [True, True]
+        assert targets_of(done.graph).count("merge_tokens") == 3
+        assert targets_of(done.graph).count("linear_nbits") == 12
+        found = run(done.graph, x)[0]
+        assert np.corrcoef(found.ravel(), merged.ravel())[0, 1] > 0.995
+        lowered = report(done.graph, "lower", x)
+        assert lowered.passes[0].drift is None or lowered.passes[0].drift[0].correlation > 0.99
