@@ -52,25 +52,24 @@ class PairTable:
         )
         stride = 1 if length <= _ALL_ROWS else length // _SAMPLE
         self.rows = np.arange(length)[::-stride][::-1]
-        self.bias = np.zeros((1, 1, 1))
+        additive = []
         for mask in masks:
             mask = _three(mask, length)
             if mask.dtype == bool:
                 self.hidden = self.hidden | ~mask
                 continue
-            hides, lowest = self._hides(mask)
-            if lowest:
+            hides = mask <= (-32752.0 if mask.dtype == np.float16 else LOW)
+            if hides.any():
                 self.hidden = self.hidden | hides
-            some = mask if mask.shape[1] == 1 else mask[:, self.rows]
-            some_hidden = hides if mask.shape[1] == 1 else hides[:, self.rows]
-            self.bias = self.bias + np.where(some_hidden, 0.0, some.astype(np.float64))
+            additive.append(mask if mask.shape[1] == 1 else mask[:, self.rows])
         self.hidden = np.broadcast_to(self.hidden, (self.hidden.shape[0], length, length))
-
-    def _hides(self, mask: np.ndarray) -> tuple[np.ndarray, bool]:
-        hides = mask <= (-32752.0 if mask.dtype == np.float16 else LOW)
-        if np.isnan(mask).any():
-            raise Unfit("has NaN")
-        return hides, bool(hides.any())
+        self.bias = np.zeros((1, 1, 1))
+        if additive:
+            unseen = self.hidden[:, self.rows]
+            for mask in additive:  # what is hidden may be anything
+                self.bias = self.bias + np.where(unseen, 0.0, mask.astype(np.float64))
+            if not np.isfinite(self.bias).all():
+                raise Unfit("has NaN or infinity among what is seen")
 
     def window(self) -> int:
         """How many keys a row sees at most; the length where it sees all up to its own."""

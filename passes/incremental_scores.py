@@ -72,7 +72,9 @@ def _plain(op: Op, bindings: Bindings) -> Attention:
     mask = op.operand(3)
     masks = [] if mask is None else split_mask(mask, bindings)
     softcap = float(op.attrs.get("softcap", 0.0))
-    return Attention(op, q, k, v, float(scale), softcap, bool(op.attrs.get("causal")), masks=masks, inner=[op])
+    return Attention(
+        op, q, k, v, float(scale), softcap, bool(op.attrs.get("causal")), masks=masks, inner=[op]
+    )
 
 
 def split_mask(value: Value, bindings: Bindings) -> list[Mask]:
