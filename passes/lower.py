@@ -15,7 +15,9 @@ from .base import Outcome, Pass, PassContext, register
 from .errors import NothingMatched, PipelineError
 from .ir.graph import Graph
 from .lower_bias import set_biases_apart
+from .lower_caches import write_into_caches
 from .lower_packed import OPERANDS, pack_weights
+from .lower_steps import fuse_steps
 from .lowering import KERNEL, MLIR, ONNXRUNTIME, TARGETS, TORCH_CPU, TORCH_CUDA, Table, dialect_class
 from .options import nearest
 
@@ -87,6 +89,13 @@ def kernels_of(target: str) -> tuple[dict[str, Any], str]:
     return (cpu.kernels(), "") if cpu.available() else ({}, cpu.why_not())
 
 
+def mutating_kernels(target: str) -> dict[str, Any]:
+    """The kernels of a torch target that write into the caches they are given, by op."""
+    from ..kernels import cpu
+
+    return cpu.mutating_kernels() if target == TORCH_CPU and cpu.available() else {}
+
+
 def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
     """Ops of the dialect as the kernels of `target`, where one takes them and the table finds it faster; on the CPU
     biases are set apart, too."""
@@ -96,6 +105,9 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
     if target == TORCH_CPU and (apart := set_biases_apart(graph)):
         outcome.changed = True
         outcome.statistics["biases set apart"] = apart
+    if target == TORCH_CPU and (fused := fuse_steps(graph)):
+        outcome.changed = True
+        outcome.statistics |= fused
     ops = [op for op in graph.ops_of("elision") if op.target.partition(".")[0] == "elision"]
     if not ops:
         outcome.notes.append("the graph has no op of the dialect")
@@ -104,13 +116,21 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
     if problem:
         outcome.notes.append(problem)
     packed: dict[Any, Any] = {}
+    writing = mutating_kernels(target)
     for op in ops:
         name = op.target.partition(".")[2]
         shapes = [None if v is None else v.shape for v in op.inputs]
         dtypes = [None if v is None else v.dtype for v in op.inputs]
         attrs = OPS[name].complete(op.attrs)
         reason = ""
-        if name not in kernels:
+        if name in writing:
+            reason = write_into_caches(graph, op, writing[name], attrs)
+            if not reason:
+                outcome.changed = True
+                count(outcome, f"{name} writes into its caches")
+                continue
+            reason = f"{name}: {reason}"
+        elif name not in kernels:
             reason = "" if problem else f"{name}: no kernel for {target}"
         else:
             reason = kernels[name].refuses(shapes, dtypes, attrs)

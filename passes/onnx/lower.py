@@ -15,6 +15,7 @@ from ..base import Outcome
 from ..ir.graph import Graph
 from ..ir.onnx import OnnxGraph
 from ..ir.onnx_shapes import ShapeEnv
+from ..lower_steps import fuse_steps
 from ..lowering import Table
 from ..lowering_defaults import DEFAULTS
 from . import lower_attention, lower_functions, lower_norms, lower_opset, lower_packed
@@ -24,7 +25,9 @@ from .surgery import Editor
 def lower_graph(graph: Graph, table: Table) -> Outcome:
     """`lower` on a graph view, with its report."""
     assert isinstance(graph, OnnxGraph)
+    fused = fuse_steps(graph)
     counts, notes = lower(graph.model, table)
+    counts |= fused
     if not counts:
         notes.append("nothing to lower: every operator has the form that onnxruntime runs fastest")
         return Outcome(notes=notes)
