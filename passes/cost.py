@@ -41,6 +41,7 @@ DEAR = {
     "gelu": 12,
 }
 DEAR |= {"pow": 10, "softplus": 12, "mish": 20, "elu": 10, "selu": 10, "hardswish": 4, "sqrt": 2, "rsqrt": 3}
+_ATTENTIONS = ("attention", "joined_attention", "cached_attention")
 FREE = {"cast", "where", "dropout", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or"}
 
 
@@ -118,7 +119,7 @@ def estimate(
     total = Cost()
     for op in graph.ops:
         flops, moved = _cost(op, lengths, graph.host)
-        if op.kind == "attention" or _dialect_name(op) in ("attention", "joined_attention"):
+        if op.kind == "attention" or _dialect_name(op) in _ATTENTIONS:
             tokens = _self_attention(op, lengths)
             if tokens is not None:
                 total.tokens_per_block.append(tokens)

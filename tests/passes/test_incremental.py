@@ -172,6 +172,7 @@ def test_the_manager_compares_a_chain_with_the_plain_graph():
         assert report.drift is not None
         assert report.drift[0].output == graph.outputs[0].name
         assert report.cost_after.by_op["cached_attention"].count == 2
+        assert report.cost_after.tokens_per_block[-2:] == [11, 11]
         assert len(graph.inputs) == len(examples), "the input graph is left as it was"
 
 
