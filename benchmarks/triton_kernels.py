@@ -103,10 +103,68 @@ def _attention(batch: int, heads: int, n: int, width: int) -> Case:
     )
 
 
+def _nbits(rows: int, columns: int, channels: int) -> Case:
+    """A product with 4 bits and a scale for every 32 columns."""
+    from elision.kernels.gpu import linear_nbits
+
+    splits = linear_nbits.splits(columns, channels, 2)
+    sizes = {"batch": 1, "item": 2, "rows": rows, "columns": columns, "channels": channels}
+    sizes |= {"bits": 4, "group": 32, "splits": splits}
+    configs = [c for c in linear_nbits.CONFIGS if c.kwargs["BLOCK_K"] == linear_nbits.TABLE[2][0]]
+    launches: list[tuple[str, list[Any]]] = [("multiply_groups", configs)]
+    if splits > 1:
+        launches.append(("add_partials", linear_nbits.ADD_CONFIGS))
+    return Case(
+        "linear_nbits",
+        f"{rows} rows, {columns} -> {channels}, 4 bits, groups of 32",
+        sizes,
+        launches,
+        lambda device: [
+            torch.randn(1, rows, columns, device=device, dtype=HALF),
+            torch.randint(0, 256, (channels, columns // 32, 16), device=device, dtype=torch.uint8),
+            torch.rand(channels, columns // 32, device=device),
+        ],
+        {"bits": 4, "group": 32},
+    )
+
+
+def _cached(rows: int, heads: int, shared: int, width: int, keys: int) -> Case:
+    """A chain of new rows behind a prefix."""
+    from elision.kernels.gpu import cached_attention
+
+    sizes = {"batch": 1, "item": 2, "rows": rows, "heads": heads, "key_heads": shared, "width": width}
+    sizes |= {"out_width": width, "keys": keys + rows, "splits": cached_attention.SPLITS}
+    asked = {"WIDTH": width, "BLOCK_E": width, "MIXED": False, "q": torch.empty(0, dtype=HALF)}
+
+    def operands(device: str) -> list[Any]:
+        new = [torch.randn(1, n, rows, width, device=device, dtype=HALF) for n in (heads, shared, shared)]
+        caches = [torch.randn(shared, keys + rows, width, device=device, dtype=HALF) for _ in range(2)]
+        slots = torch.arange(keys, keys + rows, dtype=torch.int32, device=device)
+        paths = torch.where(torch.ones(rows, rows, device=device).tril() > 0, slots, -1)
+        prefix = torch.tensor([[0, keys]] * rows, dtype=torch.int32, device=device)
+        return [*new, *caches, slots, prefix, paths.to(torch.int32)]
+
+    return Case(
+        "cached_attention_",
+        f"{rows} rows behind {keys}, {heads} heads on {shared}, of {width}",
+        sizes,
+        [
+            ("write_rows", cached_attention.WRITE_CONFIGS),
+            ("attend_cache", [c for c in cached_attention.CONFIGS if cached_attention.fits(c, asked)]),
+            ("combine_splits", cached_attention.COMBINE_CONFIGS),
+        ],
+        operands,
+        {},
+    )
+
+
 def cases(quick: bool) -> list[Case]:
     found = [*_of_tokens(64, 197, 768, 64, 16), _attention(64, 12, 197, 64)]
+    found += [_nbits(rows, 4096, 4096) for rows in (1, 16)] + [_cached(8, 32, 8, 128, 2048)]
     if not quick:
         found += [
+            *(_nbits(rows, 4096, 14336) for rows in (1, 8, 16, 64)),
+            *(_cached(rows, 32, 8, 128, 8192) for rows in (1, 8, 16, 64)),
             *_of_tokens(8, 4097, 1024, 64, 1024),
             _attention(8, 16, 4097, 64),
             _attention(2, 16, 4097, 128),

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.attention import OP
-from .launch import INTERPRETED, register, size_class, tuned, wrap_triton
+from .launch import INTERPRETED, precision, register, size_class, tuned, wrap_triton
 
 LOG2E = math.log2(math.e)
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
@@ -256,11 +256,6 @@ def _four(x: Tensor) -> Tensor:
     """x [..., h, n, d] as [Z, h, n, d] with rows of adjacent elements."""
     x = x if x.dim() == 4 else x.reshape([-1, *x.shape[-3:]])
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def precision(dtype: torch.dtype, plain: bool) -> str:
-    """How products of float32 are taken: in three steps of tf32, which is as exact and has tensor cores, or plainly."""
-    return "ieee" if plain or dtype != torch.float32 else "tf32x3"
 
 
 register(OP, attention)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,25 +66,54 @@ def size_class(length: Any) -> Any:
     return triton.next_power_of_2(max(length, 16)) if isinstance(length, int) else 0
 
 
+def precision(dtype: torch.dtype, plain: bool) -> str:
+    """How products of float32 are taken: in three steps of tf32, which is as exact and has tensor cores, or plainly."""
+    return "ieee" if plain or dtype != torch.float32 else "tf32x3"
+
+
 def register(op: OpDef, implementation: Callable[..., Any]) -> None:
     """Register `implementation` as the Triton kernel of `op`: the same schema, refusals as ValueError, gradients."""
+    torch.library.triton_op(
+        f"{NAMESPACE}::{op.name}",
+        _checked(op, op.name, implementation, signature(op)),
+        mutates_args={},
+        schema=op.schema.removeprefix(op.name),
+    )
+    add_fake_and_gradient(op, NAMESPACE, fake=False)
+
+
+def register_in_place(op: OpDef, implementation: Callable[..., Tensor], written: Sequence[str]) -> None:
+    """Register `<op>_`, which writes into the operands `written` and returns the first result alone; no gradients."""
+    schema, results = op.schema.removeprefix(op.name).split(" -> ")
+    for letter, name in zip("abcdef", written, strict=False):
+        schema = re.sub(rf"Tensor {name}\b", f"Tensor({letter}!) {name}", schema)
+    shown = signature(op).replace(return_annotation=Tensor)
+    torch.library.triton_op(
+        f"{NAMESPACE}::{op.name}_",
+        _checked(op, f"{op.name}_", implementation, shown),
+        mutates_args=set(written),
+        schema=f"{schema} -> {results.strip('()').split(',')[0]}",
+    )
+
+
+def _checked(
+    op: OpDef, name: str, implementation: Callable[..., Any], shown: inspect.Signature
+) -> Callable[..., Any]:
+    """`implementation` with all operands and attributes of the op spelled out, behind its refusals."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         kwargs = op.complete(kwargs)
         operands = [*args, *[None] * (len(op.inputs) - len(args))]
         first = operands[0]
         if not INTERPRETED and first.device.type != "cuda":
-            raise ValueError(f"{NAMESPACE}::{op.name} needs tensors on a GPU, not on {first.device}")
+            raise ValueError(f"{NAMESPACE}::{name} needs tensors on a GPU, not on {first.device}")
         limits.check(op.name, operands, kwargs)
         return implementation(*operands, **kwargs)
 
     # torch looks for the kernels in the source of the function, through `__wrapped__`.
     checked.__wrapped__ = implementation  # type: ignore[attr-defined]
-    checked.__signature__ = signature(op)  # type: ignore[attr-defined]
-    torch.library.triton_op(
-        f"{NAMESPACE}::{op.name}", checked, mutates_args={}, schema=op.schema.removeprefix(op.name)
-    )
-    add_fake_and_gradient(op, NAMESPACE, fake=False)
+    checked.__signature__ = shown  # type: ignore[attr-defined]
+    return checked
 
 
 def signature(op: OpDef) -> inspect.Signature:

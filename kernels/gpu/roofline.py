@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MATRICES = ("best_partner", "attend", "multiply_groups", "attend_cache")
+"""The kernels that multiply matrices."""
+
 
 @dataclass(frozen=True)
 class Gpu:
     """Peaks from the makers' data sheets, dense: bytes a second, and operations a second by bytes of an element.
 
-    float32 products are taken plainly by the matching, and in three tf32 steps by the attention on tensor cores."""
+    float32 products are taken plainly by the matching, and in three tf32 steps by all others on tensor cores."""
 
     name: str
     bandwidth: float
@@ -24,11 +27,11 @@ class Gpu:
     single_by_tf32: float
 
     def operations(self, itemsize: int, kernel: str) -> float:
-        if kernel not in ("best_partner", "attend"):
+        if kernel not in MATRICES:
             return self.single  # no products of matrices
         if itemsize == 2:
             return self.half
-        return self.single_by_tf32 if kernel == "attend" else self.single
+        return self.single if kernel == "best_partner" else self.single_by_tf32
 
 
 GPUS = {
@@ -76,7 +79,10 @@ def work(kernel: str, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Wo
 
     best_partner: a, b, width; rank_scores: a; write_map: count, a, gone; link_sources: count, left, gone;
     merge_rows: left, gone, width; gather_rows: count, slots, width;
-    attend: heads, key_heads, n, m, width, out_width, causal (0 or 1), mask (bytes of the mask that are read)."""
+    attend: heads, key_heads, n, m, width, out_width, causal (0 or 1), mask (bytes of the mask that are read);
+    multiply_groups: rows, columns, channels, bits, group, splits; add_partials: rows, channels, splits;
+    write_rows: rows, key_heads, width, out_width; attend_cache: and heads, keys (that each row sees), splits;
+    combine_splits: rows, heads, out_width, splits."""
     return _MODELS[kernel](sizes, config)
 
 
@@ -178,6 +184,61 @@ def _attend(s: Mapping[str, int], c: Mapping[str, Any]) -> Work:
     )
 
 
+def _multiply_groups(s: Mapping[str, int], c: Mapping[str, Any]) -> Work:
+    tiles = min(4, 1 << (_up(s["rows"], 16) - 1).bit_length())  # of 16 rows in a program
+    row_blocks, blocks = _up(s["rows"], 16 * tiles), _up(s["channels"], c["BLOCK_N"])
+    weight = s["channels"] * (s["columns"] * s["bits"] // 8 + _up(s["columns"], s["group"]) * 4)
+    x = s["rows"] * s["columns"] * s["item"]
+    out = s["rows"] * s["channels"] * (4 * s["splits"] if s["splits"] > 1 else s["item"])
+    weights = blocks * c["BLOCK_N"] * _up(s["columns"], c["BLOCK_K"]) * c["BLOCK_K"]
+    return Work(
+        "multiply_groups",
+        s["batch"] * row_blocks * blocks * s["splits"],
+        s["batch"] * (weight + x + out),
+        s["batch"] * (weight * row_blocks + x * blocks + out),
+        s["batch"] * row_blocks * weights * (2 * 16 * tiles + 3),
+    )
+
+
+def _add_partials(s: Mapping[str, int], c: Mapping[str, Any]) -> Work:
+    results = s["batch"] * s["rows"] * s["channels"]
+    moved = results * (4 * s["splits"] + s["item"])
+    return Work("add_partials", _up(results, c["BLOCK"]), moved, moved, results * s["splits"])
+
+
+def _write_rows(s: Mapping[str, int], c: Mapping[str, Any]) -> Work:
+    rows = s["batch"] * s["rows"] * s["key_heads"]
+    moved = rows * 2 * (s["width"] + s["out_width"]) * s["item"]
+    return Work("write_rows", rows, moved + 4 * s["batch"] * s["rows"], moved + 4 * rows * s["rows"], 0)
+
+
+def _attend_cache(s: Mapping[str, int], c: Mapping[str, Any]) -> Work:
+    """As if the rows saw the same slots."""
+    group, both = s["heads"] // s["key_heads"], s["width"] + s["out_width"]
+    lanes = min(16, 1 << (group - 1).bit_length())
+    tiles = s["batch"] * _up(s["rows"], 16 // lanes) * s["key_heads"] * _up(group, lanes)
+    steps = _up(s["keys"], c["BLOCK_N"])
+    own = s["batch"] * s["rows"] * s["heads"]
+    moved = own * (s["width"] * s["item"] + min(s["splits"], steps) * (4 * s["out_width"] + 8))
+    cache = s["keys"] * both * s["item"]
+    padded = _up(s["width"], c["BLOCK_C"]) * c["BLOCK_C"] + max(16, 1 << (s["out_width"] - 1).bit_length())
+    return Work(
+        "attend_cache",
+        tiles * s["splits"],
+        s["batch"] * s["key_heads"] * cache + moved,
+        tiles * cache + moved,
+        tiles * steps * 16 * c["BLOCK_N"] * (2 * padded + 2 * 16 + 6),
+    )
+
+
+def _combine_splits(s: Mapping[str, int], c: Mapping[str, Any]) -> Work:
+    rows = s["batch"] * s["rows"] * s["heads"]
+    moved = rows * (s["splits"] * (4 * s["out_width"] + 8) + s["out_width"] * s["item"])
+    return Work(
+        "combine_splits", _up(rows, c["BLOCK_R"]), moved, moved, rows * s["splits"] * 2 * s["out_width"]
+    )
+
+
 _MODELS = {
     "best_partner": _best_partner,
     "rank_scores": _rank_scores,
@@ -186,4 +247,9 @@ _MODELS = {
     "merge_rows": _merge_rows,
     "gather_rows": _gather_rows,
     "attend": _attend,
+    "multiply_groups": _multiply_groups,
+    "add_partials": _add_partials,
+    "write_rows": _write_rows,
+    "attend_cache": _attend_cache,
+    "combine_splits": _combine_splits,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import struct
 from collections.abc import Iterator
@@ -82,12 +83,13 @@ class _Recorder:
 
 def launches(op: str, operands: list[tuple[tuple[int, ...], torch.dtype] | None], attrs: Any) -> list[Launch]:
     """What the op would launch for CUDA tensors of these shapes; nothing runs."""
-    from elision.kernels.gpu import attention, load, match_tokens, merge_tokens, restore_tokens, selection
+    from elision.kernels.gpu import KERNELS, load
 
     load()
     found: list[Launch] = []
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        for module in (attention, match_tokens, merge_tokens, restore_tokens, selection):
+        for name in (*KERNELS, "selection"):
+            module = importlib.import_module(f"elision.kernels.gpu.{name}")
             patch.setattr(module, "wrap_triton", lambda kernel: _Recorder(kernel, found))
         tensors = [None if o is None else torch.empty(o[0], dtype=o[1], device="cuda") for o in operands]
         getattr(torch.ops.elision_triton, op)(*tensors, **attrs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 triton = pytest.importorskip("triton", reason="Triton comes with torch for GPUs only")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-F32, F16, I32 = torch.float32, torch.float16, torch.int32
+F32, F16, I32, U8 = torch.float32, torch.float16, torch.int32, torch.uint8
 LAUNCHES = {
     "match_tokens": [{"best", "partner"}, {"rank"}, {"slot", "keep", "source"}],
     "merge_tokens": [{"follower"}, {"y", "new_size"}],
     "restore_tokens": [{"out"}],
     "attention": [{"out"}],
+    "linear_nbits": [{"out"}, {"out"}],
+    "cached_attention": [{"key_cache", "value_cache"}, {"partial", "highest", "total"}, {"out"}],
 }
 """For every launch of an op, what it writes."""
 
@@ -77,6 +80,24 @@ def _maps(batch: int, count: int, gone: int) -> list[Tensor]:
     return [fake(batch, n, dtype=I32) for n in (count, count - gone, gone)]
 
 
+def _nbits(columns: int, group: int, bytes: int, channels: int = 8, **others: Any) -> list[Any]:
+    """x, weight, scales, zeros and bias of a product columns -> 8."""
+    groups = -(-columns // group)
+    weight = fake(channels, groups, bytes, dtype=others.get("weight", U8))
+    scales = fake(channels, others.get("groups", groups), dtype=others.get("scales", F32))
+    return [fake(2, columns), weight, scales, others.get("zeros"), others.get("bias")]
+
+
+def _cached(heads: int = 4, shared: int = 2, width: int = 16, **others: Any) -> list[Any]:
+    """Operands of 3 rows on a cache of 40 slots."""
+    new = fake(1, shared, 3, width, dtype=others.get("new", F32))
+    cache = fake(others.get("cached", shared), 40, width, dtype=others.get("cache", F32))
+    rows = others.get("rows", 3)
+    seen = [fake(rows, dtype=others.get("slots", I32)), fake(3, 2, dtype=I32), fake(3, 5, dtype=I32)]
+    return [fake(1, heads, 3, width), new, new, cache, cache, *seen, others.get("bias")]
+
+
+FOUR = {"bits": 4, "group": 32}
 REFUSED: list[tuple[str, Callable[[], list[Any]], dict[str, Any], str]] = [
     ("match_tokens", lambda: [fake(1, 8, 4, dtype=torch.float64)], {"r": 2}, "a metric of type float64"),
     ("match_tokens", lambda: [fake(1, 8, 4)], {"r": 2, "order": "any"}, "order is one of"),
@@ -105,7 +126,25 @@ REFUSED: list[tuple[str, Callable[[], list[Any]], dict[str, Any], str]] = [
     ("attention", lambda: [*[fake(1, 2, 8, 16)] * 3, fake(1, 2, 8, 7)], {}, "does not broadcast"),
     ("attention", lambda: [*[fake(1, 2, 8, 16)] * 3, fake(1, 1, 1, 8).long()], {}, "a mask of type int64"),
     ("attention", lambda: [*[fake(1, 2, 8, 16)] * 3, None, fake(1, 7)], {}, "do not fit the keys"),
+    ("linear_nbits", lambda: [fake(2, 64).double(), *_nbits(64, 32, 16)[1:]], FOUR, "rows of type float64"),
+    ("linear_nbits", lambda: _nbits(64, 32, 16, weight=I32), FOUR, "a weight of type int32"),
+    ("linear_nbits", lambda: _nbits(64, 32, 16, zeros=fake(8, 2, dtype=I32)), FOUR, "zeros of type int32"),
+    ("linear_nbits", lambda: _nbits(64, 32, 32), FOUR, r"a weight [8, 2, 32] for 64 columns in groups of 32"),
+    ("linear_nbits", lambda: _nbits(64, 32, 16, groups=3), FOUR, "scales or zeros that do not fit"),
+    ("linear_nbits", lambda: _nbits(64, 32, 16, bias=fake(9)), FOUR, "a bias that does not fit"),
+    ("linear_nbits", lambda: _nbits(64, 32, 16), {"bits": 5, "group": 32}, "bits is 4 or 8, not 5"),
+    ("cached_attention", lambda: _cached(width=260), {}, "wider than 256"),
+    ("cached_attention", lambda: _cached(new=F16), {}, "of different types"),
+    ("cached_attention", lambda: _cached(cache=torch.float64), {}, "on a cache of type float64"),
+    ("cached_attention", lambda: _cached(slots=torch.int64), {}, "slots of types int64, int32, int32"),
+    ("cached_attention", lambda: _cached(heads=5), {}, "5 query heads on 2 key heads"),
+    ("cached_attention", lambda: _cached(rows=4), {}, "operands that do not fit together"),
+    ("cached_attention", lambda: _cached(cached=1), {}, "operands that do not fit together"),
+    ("cached_attention", lambda: _cached(bias=fake(3, 9)), {}, "a bias that does not fit the heads"),
+    ("cached_attention", lambda: _cached(bias=fake(1, 0)), {}, "a bias that does not fit the heads"),
 ]
+THE_OPS_OWN = ("is one of", "rank 3", "is 4 or 8")
+"""Refusals that are errors of the op itself, wherever it runs; the others `lower` asks for beforehand."""
 
 
 @pytest.mark.parametrize(
@@ -117,11 +156,9 @@ def test_what_a_kernel_cannot_take_is_an_error(
     load()
     with FakeTensorMode():
         operands = make()
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(ValueError, match=re.escape(reason)):
             getattr(torch.ops.elision_triton, op)(*operands, **attrs)
-        if (
-            "is one of" not in reason and "rank 3" not in reason
-        ):  # the rest is in what `lower` asks beforehand
+        if not any(part in reason for part in THE_OPS_OWN):
             shapes = [None if x is None else tuple(x.shape) for x in operands]
             dtypes = [None if x is None else str(x.dtype).removeprefix("torch.") for x in operands]
             padding = [None] * (len(OPS[op].inputs) - len(operands))
@@ -139,7 +176,44 @@ def _calls() -> dict[str, tuple[list[Tensor | None], dict[str, Any]]]:
             [fake(3, 4, 20, 16), fake(3, 2, 22, 16), fake(3, 2, 22, 16), None, fake(3, 22)],
             {"causal": True},
         ),
+        "linear_nbits": (
+            [
+                fake(2, 20, 768, dtype=F16),
+                fake(64, 24, 16, dtype=U8),
+                fake(64, 24),
+                fake(64, 24, dtype=U8),
+                fake(64),
+            ],
+            {"bits": 4, "group": 32},
+        ),
+        "cached_attention": (
+            [
+                fake(1, 4, 3, 16),
+                *[fake(1, 2, 3, 16)] * 2,
+                *[fake(2, 40, 16)] * 2,
+                *[fake(*shape, dtype=I32) for shape in ((3,), (3, 2), (3, 5))],
+            ],
+            {"window": 9},
+        ),
     }
+
+
+def _cpu() -> list[Tensor]:
+    with FakeTensorMode():
+        return _cached()[:8]
+
+
+def test_the_form_in_place_says_what_it_writes() -> None:
+    load()
+    functional = torch.ops.elision_triton.cached_attention.default._schema
+    schema = torch.ops.elision_triton.cached_attention_.default._schema
+    assert [a.name for a in schema.arguments] == [a.name for a in functional.arguments]
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == ["key_cache", "value_cache"] and len(schema.returns) == 1
+    with FakeTensorMode():
+        assert torch.ops.elision_triton.cached_attention_(*_cached()).shape == (1, 4, 3, 16)
+    with pytest.raises(ValueError, match="elision_triton::cached_attention_ needs tensors on a GPU"):
+        torch.ops.elision_triton.cached_attention_(*(torch.empty(x.shape, dtype=x.dtype) for x in _cpu()))
 
 
 class _Driver:
