@@ -67,7 +67,7 @@ class Body:
     # ---- shapes --------------------------------------------------------------------------------------
     def length(self, x: str, axis: int) -> str:
         """The length of an axis, int64 [1]."""
-        return self("Shape", x, start=axis, end=axis + 1)
+        return self("Shape", x, start=axis, **({} if axis == -1 else {"end": axis + 1}))
 
     def join(self, *parts: str | int) -> str:
         """A shape, int64 [k], of ints and of int64 [1] values."""

@@ -62,7 +62,7 @@ def linear_calls() -> list[Call]:
     """(op, label, function that makes the operands, attributes)."""
     half = torch.float16
     found: list[Call] = []
-    for label, shape, kwargs in (
+    kinds: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
         ("4 bits", (2, 3, 64), {"bits": 4, "group": 32, "channels": 10}),
         ("8 bits", (2, 3, 64), {"bits": 8, "group": 32, "channels": 10}),
         ("4 bits zeros", (5, 96), {"bits": 4, "group": 32, "channels": 17, "zeros": "ints"}),
@@ -79,7 +79,8 @@ def linear_calls() -> list[Call]:
         ("4 bits one group zeros", (2, 5, 90), {"bits": 4, "group": 96, "channels": 5, "zeros": "ints"}),
         ("4 bits half scales", (1, 128), {"bits": 4, "group": 128, "channels": 32, "scales": half}),
         ("4 bits half", (3, 64), {"bits": 4, "group": 64, "channels": 32, "scales": half, "dtype": half}),
-    ):
+    )
+    for label, shape, kwargs in kinds:
         attrs = {"bits": kwargs["bits"], "group": kwargs["group"]}
         found.append(("linear_nbits", label, lambda s=shape, k=kwargs: nbits(*s, **k), attrs))
     for label, shape, weight, bias, dtype in (

@@ -166,6 +166,7 @@ int elision_linear(const elision_linear_args* args, const elision_runner* runner
   if (a.packed_bytes < PACKED_HEADER) return fail(error, room, "%s: the weight was not packed", op);
   memcpy(&header, a.packed, sizeof header);
   PackedHeader again = header;
+  again.unused = 0;
   if (header.magic != PACKED_MAGIC || !complete(again) || packed_bytes(again) != a.packed_bytes ||
       memcmp(&again, &header, sizeof header) != 0)
     return fail(error, room, "%s: the weight was not packed, or by another version of elision", op);

@@ -10,17 +10,8 @@ namespace {
 bool header_of(const elision_pack_args& a, PackedHeader* h) {
   *h = PackedHeader{};
   h->magic = PACKED_MAGIC, h->bits = a.bits, h->channels = a.channels, h->width = a.width;
-  if (few_bits(a.bits)) {
-    h->weight_dtype = ELISION_U8, h->scale_dtype = a.scale_dtype, h->zero_dtype = a.zero_dtype, h->group = a.group;
-    if (a.scale_dtype != ELISION_F32 && a.scale_dtype != ELISION_F16) return false;
-    if (a.zero_dtype != 0 && a.zero_dtype != ELISION_U8 && a.zero_dtype != ELISION_F32 && a.zero_dtype != ELISION_F16)
-      return false;
-  } else {
-    h->weight_dtype = a.weight_dtype;
-    if (!(a.bits == 32 && a.weight_dtype == ELISION_F32) &&
-        !(a.bits == 16 && (a.weight_dtype == ELISION_F16 || a.weight_dtype == ELISION_BF16)))
-      return false;
-  }
+  h->weight_dtype = a.weight_dtype;
+  if (few_bits(a.bits)) h->scale_dtype = a.scale_dtype, h->zero_dtype = a.zero_dtype, h->group = a.group;
   return complete(*h);
 }
 

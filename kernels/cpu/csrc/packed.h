@@ -36,9 +36,18 @@ inline int64_t head_bytes(const PackedHeader& h) {
 inline int64_t tile_channels(const PackedHeader& h) { return few_bits(h.bits) ? TILE_NBITS : TILE_FLOATS; }
 inline int64_t tiles_of(const PackedHeader& h) { return (h.channels + tile_channels(h) - 1) / tile_channels(h); }
 
-// Fills in groups and tile_bytes. False where the lengths make no weight.
+inline bool known_types(const PackedHeader& h) {
+  const int32_t w = h.weight_dtype, s = h.scale_dtype, z = h.zero_dtype;
+  if (!few_bits(h.bits))
+    return s == 0 && z == 0 && (h.bits == 32 ? w == ELISION_F32 : h.bits == 16 && (w == ELISION_F16 || w == ELISION_BF16));
+  return w == ELISION_U8 && (s == ELISION_F32 || s == ELISION_F16) &&
+         (z == 0 || z == ELISION_U8 || z == ELISION_F32 || z == ELISION_F16);
+}
+
+// Fills in groups and tile_bytes. False where types and lengths make no weight.
 inline bool complete(PackedHeader& h) {
   constexpr int64_t MOST = int64_t{1} << 31;
+  if (!known_types(h)) return false;
   if (h.channels < 0 || h.width < 1 || h.channels > MOST || h.width > MOST) return false;
   if (few_bits(h.bits)) {
     if (h.group != 16 && (h.group < 32 || h.group % 32 != 0 || h.group > MOST)) return false;

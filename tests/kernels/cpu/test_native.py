@@ -52,7 +52,7 @@ def build_library(folder: Path, *flags: str) -> Path:
 
 
 def check_all_variants(driver: Path, *tests: str, **environment: str) -> None:
-    names = tests or ("match", "mean", "merge", "restore", "attention", "threads", "fork")
+    names = tests or ("match", "mean", "merge", "restore", "attention", "linear", "threads", "fork")
     for variant in cpu.variants():
         printed = run(driver, *tests, ELISION_ISA=variant, **environment)
         assert printed.splitlines() == [f"{variant} {name}" for name in names]
@@ -92,7 +92,8 @@ def test_native_tests_under_address_and_undefined_behaviour_sanitizers(tmp_path:
 @pytest.mark.slow
 def test_threads_under_the_thread_sanitizer(tmp_path: Path) -> None:
     """One variant: the pool and the scratch memory are the same for all."""
-    units = [SOURCES / f"{name}.cc" for name in ("common", "threads", "interface", "variant")]
+    names = ("common", "threads", "interface", "variant", "linear_pack", "weight_memory")
+    units = [SOURCES / f"{name}.cc" for name in names]
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", "-Wno-psabi", f"-I{SOURCES}"]
     driver = tmp_path / "driver"
     run(COMPILER, *flags, "-DELISION_VARIANT=portable", *units, *TESTS, "-o", driver)

@@ -107,5 +107,6 @@ void test_mean();
 void test_merge();
 void test_restore();
 void test_attention();
+void test_linear();
 void test_threads();
 void test_fork();

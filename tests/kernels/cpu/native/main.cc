@@ -6,7 +6,7 @@ int main(int count, char** names) {
     const char* name;
     void (*run)();
   } all[] = {{"match", test_match},         {"mean", test_mean},       {"merge", test_merge}, {"restore", test_restore},
-             {"attention", test_attention}, {"threads", test_threads}, {"fork", test_fork}};
+             {"attention", test_attention}, {"linear", test_linear},   {"threads", test_threads}, {"fork", test_fork}};
   const char* wish = getenv("ELISION_ISA");
   if (wish != nullptr) CHECK(strcmp(wish, elision_variant()) == 0);
   int done = 0;
