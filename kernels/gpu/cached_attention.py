@@ -27,9 +27,9 @@ NO_BIAS, BY_DISTANCE, BY_KEY = 0, 1, 2
 # blocks decide what is added up in which order. Of a wide query only a part is in registers: each warp holds all rows.
 TABLE: dict[tuple[int, int], tuple[int, int, int]] = {
     (2, 64): (64, 64, 4),
-    (2, 128): (64, 64, 4),
+    (2, 128): (32, 64, 4),
     (2, 256): (32, 64, 4),
-    (4, 64): (32, 32, 4),
+    (4, 64): (32, 64, 4),
     (4, 128): (32, 32, 4),
     (4, 256): (16, 32, 4),
 }
