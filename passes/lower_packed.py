@@ -28,11 +28,12 @@ def pack_weights(graph: Graph, op: Op, name: str, attrs: dict[str, Any], made: d
     if x is None or x.shape is None or not isinstance(x.shape[-1], int):
         return "the length of a row is not known"
     weight, key = tensors[0], tuple(None if v is None else v.name for v in parts)
+    assert parts[0] is not None and weight is not None  # no op of these lacks them
     attrs = {"bits": 8 * weight.element_size(), "group": 0, **attrs}
     if key not in made:
         tensors = [None if t is None else t.detach() for t in tensors]
         packed = cpu.pack_weight(*tensors, bits=attrs["bits"], group=attrs["group"], width=x.shape[-1])
-        value = made[key] = graph.insert_constant(packed.numpy(), f"{parts[0].name}_packed")  # type: ignore[union-attr]
+        value = made[key] = graph.insert_constant(packed.numpy(), f"{parts[0].name}_packed")
         setattr(host.module, str(value.raw.target), packed)  # itself: a copy would not be in large pages
     rest = op.inputs[OPERANDS[name] :]
     kept = {n: attrs[n] for n in ("k", "eps", "norm_offset") if n in attrs}

@@ -77,9 +77,12 @@ def oldest_onnxruntime() -> Path:
 def test_the_oldest_onnxruntime_runs_the_files_and_the_library(
     models: tuple[Path, list[str]], oldest_onnxruntime: Path, tmp_path: Path
 ) -> None:
-    """All but attention in float64, which it fuses into an operator that it has no float64 kernel for."""
+    """All but attention in float64, which it fuses into an operator that it has no float64 kernel for, and products
+    with weights of 8 bits, whose body's MatMulNBits came with 1.23."""
     folder, labels = models
-    kept = [i for i, label in enumerate(labels) if not ("attention" in label and "float64" in label)]
+    double = [i for i, label in enumerate(labels) if "attention" in label and "float64" in label]
+    eight = [i for i, label in enumerate(labels) if "8 bits" in label]
+    kept = [i for i in range(len(labels)) if i not in (*double, *eight)]
     for new, old in enumerate(kept):
         for kind in ("onnx", "npz"):
             (tmp_path / f"{new:03d}.{kind}").symlink_to(folder / f"{old:03d}.{kind}")
