@@ -29,7 +29,8 @@ Bits = Literal[4, 8, 16, 32]
 @dataclass(frozen=True)
 class QuantizeOptions:
     """bits: of the products; 16 keeps rows of 16 bits, 32 changes nothing. group: how many weights share a scale (a
-    multiple of 16; 0: a whole row). symmetric: without zero points. head_bits, embedding_bits: of the product over a
+    multiple of 16; 0: a whole row). symmetric: without zero points; offsets: with symmetric=false
+    a least weight instead of a zero point. head_bits, embedding_bits: of the product over a
     vocabulary and of its table; 32 leaves them.
     method: rtn rounds to the nearest; mse looks for the scale of least error; gptq makes errors good by later weights,
     which takes samples; auto is gptq where there are samples, else mse. activations: for encoders, all at 8 bits with
@@ -40,6 +41,7 @@ class QuantizeOptions:
     bits: Bits = 4
     group: int = 32
     symmetric: bool = True
+    offsets: bool = False
     head_bits: Bits | None = None
     embedding_bits: Bits | None = None
     method: Literal["auto", "rtn", "mse", "gptq"] = "auto"
@@ -51,6 +53,8 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.group < 0 or self.group % 16:
             raise PipelineError(f"group must be a multiple of 16, or 0 for whole rows, not {self.group}")
+        if self.offsets and self.symmetric:
+            raise PipelineError("offsets=true takes symmetric=false")
         if self.activations and self.bits != 8:
             raise PipelineError(f"activations=true takes bits=8, not bits={self.bits}")
 
@@ -166,13 +170,14 @@ class _Chooser:
             "bits": bits,
             "group": group,
             "symmetric": options.symmetric,
+            "offsets": options.offsets,
             "scales": "float32" if options.scales == "float32" or not in_range(weight, bits) else "float16",
         }
         method = options.method
         if method == "auto":
             method = "gptq" if self.calibrated else "mse"
         if method == "gptq" and bits == 4 and inputs is not None and inputs.arrays:
-            return quantize_calibrated(weight, inputs.moments, inputs=inputs.count, **common)
+            return quantize_calibrated(weight, inputs.moments, spread=inputs.spread, **common)
         known = self.calibrated and inputs is not None and inputs.arrays
         importance = np.diag(inputs.moments) if known and inputs is not None else None
         return quantize(weight, search=method != "rtn", importance=importance, **common)

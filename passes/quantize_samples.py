@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from .errors import ElisionError
+from .formats.calibrated import spread_of
 from .ir.graph import Graph
 from .quantize_find import EMBEDDING, Target
 
@@ -24,6 +26,7 @@ class Inputs:
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self.arrays = [np.asarray(a, np.float32).reshape(-1, a.shape[-1]) for a in arrays]
         self._moments: np.ndarray | None = None
+        self._spread: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -37,6 +40,13 @@ class Inputs:
             total = sum((a.T @ a).astype(np.float64) for a in self.arrays)
             self._moments = np.asarray(total / max(self.count, 1))
         return self._moments
+
+    @property
+    def spread(self) -> np.ndarray:
+        """For `quantize_calibrated`."""
+        if self._spread is None:
+            self._spread = spread_of(self.moments, self.count)
+        return self._spread
 
     @property
     def rows(self) -> np.ndarray:
@@ -78,8 +88,15 @@ def visit_targets(
         for place, array in zip(collected, graph.evaluate(values, feeds)):
             place.append(array)
     known = {value: Inputs(arrays) for value, arrays in zip(values, collected)}
+    left = Counter(t.x for t in products)
     for target in targets:
-        visit(target, known[target.x] if target.role != EMBEDDING else Inputs([]))
+        if target.role == EMBEDDING:
+            visit(target, Inputs([]))
+            continue
+        visit(target, known[target.x])
+        left[target.x] -= 1
+        if not left[target.x]:
+            del known[target.x]
     return False
 
 

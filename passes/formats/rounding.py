@@ -13,10 +13,9 @@ from .layout import Quantized, from_codes, grouped, values
 
 _TINY = 1e-36  # a scale that nothing can be divided by
 _CHUNK = 1 << 21  # weights worked on at a time
-_SHRINK = np.linspace(0.72, 1.16, 23, dtype=np.float32)
-_TURNED = np.linspace(
-    1.0, 1.2, 5, dtype=np.float32
-)  # for the scale of the other sign, which has 7 steps to the edge
+_SHRINK = np.linspace(0.74, 1.14, 12, dtype=np.float32)
+# For the scale of the other sign, which has 7 steps to the edge.
+_TURNED = np.linspace(1.0, 1.2, 3, dtype=np.float32)
 
 
 def quantize(
@@ -25,12 +24,14 @@ def quantize(
     bits: int = 4,
     group: int = 32,
     symmetric: bool = True,
+    offsets: bool = False,
     search: bool = False,
     importance: np.ndarray | None = None,
     scales: str = "float16",
 ) -> Quantized:
     """w [N, K] float -> Quantized. bits: 4 or 8. group: how many weights along K share a scale, a multiple of 16.
 
+    offsets: with symmetric=False, the least weight of a group instead of a whole zero point.
     importance [K]: the mean square of each input, which weighs the errors in the search. scales: the type that scales
     are stored in; they are rounded to it before the codes are chosen. The error of a weight is at most half a scale,
     or a whole one where it lies beyond the range's edge. Raises ValueError for what is none of these."""
@@ -42,8 +43,9 @@ def quantize(
     step = max(1, _CHUNK // max(width, 1))
     for start in range(0, rows, step):
         block = grouped(w[start : start + step], group)
-        scale, zero = choose(block, bits, symmetric, search and bits == 4, weight, scales)
-        parts.append((codes_of(block, scale, zero, bits), scale.astype(scales), zero))
+        mode = mode_of(symmetric, offsets)
+        scale, zero = choose(block, bits, mode, search and bits == 4, weight, scales)
+        parts.append((codes_of(block, scale, zero, bits), scale.astype(scales), kept(zero, scales)))
     codes, scale, zero = (None if p[0] is None else np.concatenate(p) for p in zip(*parts))
     assert codes is not None and scale is not None
     return from_codes(codes, scale, zero, bits, width)
@@ -57,19 +59,34 @@ def check(bits: int, group: int) -> None:
         raise ValueError(f"a group has a multiple of 16 weights, not {group}")
 
 
+def mode_of(symmetric: bool, offsets: bool) -> str:
+    """What groups have besides a scale: "none", "points" or "offsets"."""
+    return "none" if symmetric else "offsets" if offsets else "points"
+
+
+def kept(zero: np.ndarray | None, scales: str) -> np.ndarray | None:
+    """Zero points as they are, offsets in the type of the scales."""
+    return zero if zero is None or zero.dtype == np.uint8 else zero.astype(scales)
+
+
 def codes_of(g: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) -> np.ndarray:
     """The nearest codes uint8 [..., group] for weights [..., group] under scales [...]."""
     usable = np.abs(scale) > _TINY
     inverse = np.where(usable, 1 / np.where(usable, scale, 1), 0).astype(np.float32)
+    if zero is not None and zero.dtype != np.uint8:
+        return np.clip(np.rint((g - zero[..., None]) * inverse[..., None]), 0, 2**bits - 1).astype(np.uint8)
     middle = np.float32(2 ** (bits - 1)) if zero is None else zero.astype(np.float32)[..., None]
     return np.clip(np.rint(g * inverse[..., None]) + middle, 0, 2**bits - 1).astype(np.uint8)
 
 
 def choose(
-    g: np.ndarray, bits: int, symmetric: bool, search: bool, weight: np.ndarray | None, dtype: str
+    g: np.ndarray, bits: int, mode: str, search: bool, weight: np.ndarray | None, dtype: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scales float32 [...] (representable in dtype) and zero points uint8 [...] for groups [..., group]."""
-    if symmetric:
+    """Scales float32 [...] and zero points uint8 or offsets float32 [...] for groups [..., group]; all floats are
+    representable in dtype."""
+    if mode == "offsets":
+        return _with_offsets(g, bits, search, weight, dtype)
+    if mode == "none":
         scale = _edge(g, bits)
         if search:
             scale = _search(g, scale, bits, weight, dtype)
@@ -139,7 +156,7 @@ def _search_both(
         codes_of(g, best, best_zero.astype(np.uint8), bits), best, best_zero.astype(np.uint8), bits
     )
     least = _error(g, found, weight)
-    for factor in _SHRINK[::2]:
+    for factor in _SHRINK:
         trial = (high - low) * factor / top
         for shift in (-0.5, 0.0, 0.5):
             middle = _zero(low * factor + shift * trial, trial, top)
@@ -150,3 +167,31 @@ def _search_both(
             best, best_zero = np.where(better, scale, best), np.where(better, middle, best_zero)
             least = np.where(better, error, least)
     return best, best_zero.astype(np.uint8)
+
+
+def _with_offsets(
+    g: np.ndarray, bits: int, search: bool, weight: np.ndarray | None, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    top = 2**bits - 1
+    low, span = g.min(-1), g.max(-1) - g.min(-1)
+    best, best_low = stored(span / top, dtype), stored(low, dtype)
+    if not search:
+        return best, best_low
+    least = _error(g, values(codes_of(g, best, best_low, bits), best, best_low, bits), weight)
+    total = np.float32(g.shape[-1]) if weight is None else weight.sum(-1)
+    for factor in _SHRINK:
+        trial = span * factor / top
+        codes = codes_of(g, trial, low + span * (1 - factor) / 2, bits).astype(np.float32)
+        weighted = codes if weight is None else codes * weight
+        mean_code = weighted.sum(-1) / total
+        mean = (g if weight is None else g * weight).sum(-1) / total
+        spread = (weighted * codes).sum(-1) / total - mean_code**2
+        slope = (weighted * g).sum(-1) / total - mean_code * mean
+        usable = spread > 1e-6
+        scale = stored(np.where(usable, slope / np.where(usable, spread, 1), trial), dtype)
+        offset = stored(mean - scale * mean_code, dtype)
+        error = _error(g, codes * scale[..., None] + offset[..., None], weight)
+        better = error < least
+        best, best_low = np.where(better, scale, best), np.where(better, offset, best_low)
+        least = np.where(better, error, least)
+    return best, best_low

@@ -87,6 +87,25 @@ def test_calibration_moves_outputs_less(symmetric: bool, by_activity: bool, grou
     assert errors[0] < 0.7 * errors[1]
 
 
+def test_offsets_fit_what_has_them() -> None:
+    """What is codes with a scale and an offset is found exactly; zero points cannot say it."""
+    made = import_blocks("Q4_1", blocks("Q4_1", 8, 4))
+    assert made is not None
+    codes = unpack(made.weight, 4)
+    codes[..., 0], codes[..., 1] = 0, 15  # the whole range is in use
+    w = dequantize(Quantized(pack(codes, 4), np.abs(made.scales), made.zeros, 4, 32, made.width))
+    moments = np.eye(made.width)
+    common = {"symmetric": False, "offsets": True}
+    for found in (
+        quantize(w, **common),
+        quantize(w, search=True, **common),
+        quantize_calibrated(w, moments, **common),
+    ):
+        assert found.zeros is not None and found.zeros.dtype == np.float16
+        np.testing.assert_allclose(dequantize(found), w, atol=2e-3 * np.abs(w).max())
+    assert np.abs(dequantize(quantize(w, symmetric=False)) - w).max() > 2e-2 * np.abs(w).max()
+
+
 def test_calibration_without_correlation_is_rounding() -> None:
     """Where no input tells of another, nothing can be made good."""
     w = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32)

@@ -318,6 +318,7 @@ def test_a_graph_without_products() -> None:
         ("quantize{group=24}", "a multiple of 16, or 0"),
         ("quantize{activations=true}", "activations=true takes bits=8, not bits=4"),
         ("quantize{method=awq}", "method must be one of"),
+        ("quantize{offsets=true}", "offsets=true takes symmetric=false"),
         ("fix-rows{dtype=int8}", "dtype must be one of"),
     ],
 )
