@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +37,12 @@ def _one_product(graph: Graph, values: Sequence[Value]) -> Value | None:
     products: list[Op] = [op for op in ops if op is not None]
     first = products[0]
     x = first.inputs[0]
-    if x is None or any(op.target != first.target or op.attrs != first.attrs for op in products):
+    name = first.target.rpartition(".")[2]
+    if x is None or any(op.target != first.target or _how(op, name) != _how(first, name) for op in products):
         return None
     if any(op.inputs[0] is None or source(op.inputs[0]) is not source(x) for op in products):
         return None
     operands: list[Value | None] = [x]
-    name = first.target.rpartition(".")[2]
     slots = 4 if name == "linear_nbits" else 2
     for slot in range(1, slots):
         parts = [op.operand(slot) for op in products]
@@ -74,7 +75,7 @@ def _one_product(graph: Graph, values: Sequence[Value]) -> Value | None:
     while operands[-1] is None:
         operands.pop()
     behind = max(products, key=graph.ops.index)
-    return graph.insert(name, operands, asked(first, name), after=behind)[0]
+    return graph.insert(name, operands, _how(first, name), after=behind)[0]
 
 
 def with_columns(graph: Graph, value: Value, columns: np.ndarray) -> Value | None:
@@ -90,7 +91,12 @@ def with_columns(graph: Graph, value: Value, columns: np.ndarray) -> Value | Non
         else:
             given.append(graph.insert_constant(np.ascontiguousarray(array[columns]), f"{part.name}_chosen"))
     name = op.target.rpartition(".")[2]
-    return graph.insert(name, given, asked(op, name), after=op)[0]
+    return graph.insert(name, given, _how(op, name), after=op)[0]
+
+
+def _how(op: Op, name: str) -> dict[str, Any]:
+    """The attributes of a product but for its number of channels, which the weight has."""
+    return {key: value for key, value in asked(op, name).items() if key != "channels"}
 
 
 def _joinable(graph: Graph, op: Op) -> bool:

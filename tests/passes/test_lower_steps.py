@@ -215,8 +215,11 @@ def test_a_cache_that_something_else_reads_is_not_written_to() -> None:
 
 
 # ---- ONNX ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["llama", "cohere", "phi3", "qwen3"])
-def test_step_graphs_of_files(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("llama", 32), ("llama", 4), ("cohere", 32), ("phi3", 32), ("qwen3", 32), ("gpt-neox", 4)],
+)
+def test_step_graphs_of_files(name: str, bits: int) -> None:
     pytest.importorskip("transformers")
     from elision.passes.ir.onnx import OnnxGraph
     from elision.passes.onnx.io import to_proto
@@ -233,6 +236,8 @@ def test_step_graphs_of_files(name: str) -> None:
     normalise(exported.model)
     graph = OnnxGraph(exported.model)
     passes, context = known_passes(), PassContext(target="onnxruntime")
+    if bits != 32:
+        passes["quantize"](bits=bits, method="rtn").run(graph, context)
     passes["incremental"](capacity=CAPACITY).run(graph, context)
     passes["fix-rows"]().run(graph, context)
     rows = steps.trees(CAPACITY, [(9, 6), (3, 4)], seed=1)
@@ -255,14 +260,18 @@ def test_step_graphs_of_files(name: str) -> None:
     expected = outputs(False, feeds)
     outcome = passes["lower"]().run(graph, context)
     graph.verify()
-    assert outcome.statistics["attention with its heads joined"] == 2 and outcome.statistics["gated"] == 2
+    assert outcome.statistics["attention with its heads joined"] == 2
+    assert outcome.statistics.get("gated", 0) == (0 if name == "gpt-neox" else 2)
     attentions = [op for op in graph.ops_of("elision") if op.target.endswith("joined_cached_attention")]
     assert len(attentions) == 2 and all(op.operand(1) is None for op in attentions)
-    assert sum(op.target == "elision.linear_rows" for op in graph.ops) == 9
+    products = [op for op in graph.ops if op.target in ("elision.linear_rows", "elision.linear_nbits")]
+    assert len(products) in (8, 9)  # four in a layer, and the head unless it is an operator of onnxruntime
     for custom in (False, True) if cpu.available() else (False,):
         found = outputs(custom, feeds)
+        # The kernels round what a product of few bits reads, and plain operators do not.
+        loose = 0.2 if custom and bits != 32 else 1e-4
         for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(one, other, rtol=loose, atol=loose)
     if not cpu.available():
         return
     found = outputs(True, feeds)
