@@ -188,7 +188,7 @@ def attend_cache(
     top = tl.full([16], float("-inf"), tl.float32)
     sums = tl.zeros([16, 16], tl.float32)  # of a row's weights, 16 times the same
     result = tl.zeros([16, BLOCK_E], tl.float32)
-    for b in range(oldest + (split + SPLITS - oldest % SPLITS) % SPLITS, blocks, SPLITS):
+    for b in range(oldest + (split + SPLITS - oldest % SPLITS) % SPLITS, blocks, SPLITS):  # type: ignore
         t = b * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = t[None, :] < count[:, None]
         further = t[None, :] - run[:, None]
@@ -200,8 +200,8 @@ def attend_cache(
             seen = seen & (distance < window)
         slot = tl.where(seen, slot, -1)
         least = tl.min(tl.where(seen, slot, 0x7FFFFFFF), axis=0)
-        apart = tl.max((least < tl.max(slot, axis=0)).to(tl.int32), axis=0)
-        passes = 1 + apart * (ROWS - 1)
+        apart = tl.max((least < tl.max(slot, axis=0)).to(tl.int32), axis=0)  # type: ignore
+        passes = 1 + apart * (ROWS - 1)  # type: ignore
 
         logits = tl.zeros([16, BLOCK_N], tl.float32)
         for r in range(0, passes):
@@ -250,8 +250,8 @@ def attend_cache(
             lanes = (lane // LANES == r) | (apart == 0)
             at = slots_of(slot, lanes)
             values = tl.load(
-                value_cache + at.to(tl.int64)[:, None] * value_stride_c + e[None, :],
-                mask=(at >= 0)[:, None] & (e < OUT_WIDTH)[None, :],
+                value_cache + at.to(tl.int64)[:, None] * value_stride_c + e[None, :],  # type: ignore
+                mask=(at >= 0)[:, None] & (e < OUT_WIDTH)[None, :],  # type: ignore
                 other=0.0,
             )
             if WIDEN or MIXED:
@@ -285,12 +285,12 @@ def combine_splits(
     e = tl.arange(0, BLOCK_E)
     wide = (e < OUT_WIDTH)[None, :]
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in tl.static_range(SPLITS):  # type: ignore
         top = tl.maximum(top, tl.load(highest + s * count + r, mask=r < count, other=float("-inf")))
     base = tl.where(top == float("-inf"), 0.0, top)
     whole = tl.zeros([BLOCK_R], tl.float32)
     result = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in tl.static_range(SPLITS):  # type: ignore
         own = tl.load(highest + s * count + r, mask=r < count, other=float("-inf"))
         some = own > float("-inf")
         weight = tl.exp2(own - base)

@@ -139,7 +139,7 @@ def multiply_groups(
         # The bits of 2^23 + q as a float32 are those of 2^23 with q in the last ones: no conversion is needed.
         number = (whole | 0x4B000000).to(tl.float32, bitcast=True)
         if ZEROS == 0:
-            number = number - (8388608 + (1 << BITS - 1))
+            number = number - (8388608 + (1 << BITS - 1))  # type: ignore
         elif ZEROS == 1:
             zero = tl.load(zeros + own_groups + group[None, :], mask=known, other=0).to(tl.float32)
             number = number - of_groups(zero + 8388608, SCALES, SUB)
@@ -191,7 +191,7 @@ def add_partials(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
     total = tl.load(partial + at, mask=there, other=0.0)
-    for _ in tl.static_range(1, SPLITS):
+    for _ in tl.static_range(1, SPLITS):  # type: ignore
         partial += count
         total += tl.load(partial + at, mask=there, other=0.0)
     if HAS_BIAS:
