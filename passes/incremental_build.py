@@ -106,6 +106,10 @@ class Builder:
         self.cursor = op
         if attention.turned:
             k = self._turned(k)
+        for value in (k, v):
+            # A key head serves neighbouring query heads: only the last of the leading axes may be shared.
+            if value.rank != q.rank or value.shape is None or value.shape[:-3] != (q.shape or ())[:-3]:
+                raise Refused(f"{op.target} (%{op.name}) broadcasts the heads of %{value.name} {value.shape}")
         k, v = self._shared(k, v)
         q = self._four(q, heads)
         k, v = (self._four(x, self._heads(x, op)) for x in (k, v))

@@ -15,8 +15,11 @@ from .ir.graph import Graph, Op, Value
 
 # Steps that only give each position's entry another place: a table is cut before them.
 _PLACES = frozenset({"reshape", "transpose", "expand", "tie", "embedding", "gather"})
-# Kinds whose attributes are lengths and bounds, no data.
-_SHAPED = frozenset({"reshape", "expand", "create", "slice", "split", "size", "spatial"})
+# Kinds whose attributes say lengths that their results show as well.
+_SHAPED = frozenset({"reshape", "expand", "split", "size"})
+# What a creation may fill rows with, and its attributes that are lengths.
+_FILLS = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})
+_SIZES = frozenset({"size", "shape"})
 
 
 class LastRows(Exception):
@@ -91,21 +94,37 @@ class Plan:
             return
         if self._is_length(op):
             return
-        if op.kind not in _SHAPED:
-            for name, attribute in op.attrs.items():
-                if self.bindings.attribute(attribute):
-                    raise Refused(f"{name} of {op.target} (%{op.name}) depends on the number of tokens")
         axes = [self._operand(op, value) for value in op.inputs]
         if op.kind == "slice" and axes[0] == op.attrs["axis"] and self._keeps_last(op):
             raise LastRows(op)
-        axis = token_axis(op, axes)
-        if axis is None and op.kind == "create":
-            own = self.bindings.token_axes(op.output)
-            axis = own[0] if len(own) == 1 else None
-        if axis is None:
-            raise Refused(f"{op.target} (%{op.name}) gives %{op.output.name} without a row for every token")
+        axis = self._filled(op) if op.kind == "create" else token_axis(op, axes)
+        self._check_attributes(op)
         for out in op.outputs:
+            own = self.bindings.token_axes(out)
+            if axis is None or not set(own) <= {axis}:
+                raise Refused(
+                    f"{op.target} (%{op.name}) gives %{out.name} {[str(d) for d in out.shape or ()]}, not one row for "
+                    "every token"
+                )
             self.axes[out] = axis
+
+    def _filled(self, op: Op) -> int | None:
+        """The token axis of a creation: every row the same number."""
+        own = self.bindings.token_axes(op.output)
+        if op.attrs.get("fn") not in _FILLS or op.output.shape is None:
+            raise Refused(
+                f"{op.target} (%{op.name}) makes rows that depend on the number of tokens and on a source"
+            )
+        return own[0] if len(own) == 1 and op.output.shape[own[0]] == self.bindings.length else None
+
+    def _check_attributes(self, op: Op) -> None:
+        if op.kind in _SHAPED:
+            return
+        for name, attribute in op.attrs.items():
+            if op.kind == "create" and name in _SIZES:
+                continue
+            if self.bindings.attribute(attribute) & (POSITION | ROW):
+                raise Refused(f"{name} of {op.target} (%{op.name}) depends on the number of tokens")
 
     def _is_length(self, op: Op) -> bool:
         """Arithmetic on lengths, of tokens and of a source."""

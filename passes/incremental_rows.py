@@ -23,7 +23,7 @@ Rule = Callable[[Op, Axes], "int | None"]
 RULES: dict[str, Rule] = {}
 
 # Ops of our own dialect that work on the last axis of their first operand.
-ROW_WISE = frozenset({"linear_nbits", "linear_rows", "gated"})
+ROW_WISE = frozenset({"linear_nbits", "linear_rows", "gated", "rms_norm"})
 # Ops that add a last axis to their first operand.
 LOOK_UPS = frozenset({"embedding_nbits"})
 
@@ -218,6 +218,8 @@ def _attention(op: Op, axes: Axes) -> int:
     q, mask = _operand(op), op.operand(3)
     if axes[0] != q.rank - 2 or axes[1] is not None or axes[2] is not None:
         raise Mixes("attends over the tokens in a way that is not known")
+    if op.attrs.get("causal"):
+        raise Mixes("counts its queries, so that a row's place matters")
     if len(axes) > 3 and axes[3] is not None and mask is not None and axes[3] != mask.rank - 2:
         raise Mixes("has a mask that runs along the tokens as keys")
     return op.output.rank - 2

@@ -11,6 +11,7 @@ from elision.passes.incremental_pairs import PairTable, Unfit, read_rule
 from elision.passes.ir.fx import FxGraph
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from .causal_toys import VOCABULARY, Convolved, Padded, Toy, Typed, dynamic_rotary, traced
 from .step_runs import Steps, check_steps
@@ -90,6 +91,72 @@ def refusal(module, *more, **options):
 def test_what_a_cache_cannot_keep_is_refused_by_name(module, said):
     text = refusal(module)
     assert re.search(said, text), text
+
+
+class Across(Toy):
+    """Attends from the tokens to a source."""
+
+    def __init__(self, causal=False, mask=None):
+        super().__init__()
+        self.causal, self.across = causal, mask
+
+    def forward(self, input_ids, memory):
+        x = self.embed(input_ids)
+        x = x + self.attend(input_ids, x)
+        mask = None if self.across is None else self.across(torch.arange(x.shape[1])[:, None], memory)
+        return self.head(x + F.scaled_dot_product_attention(x, memory, memory, mask, is_causal=self.causal))
+
+
+def across(module):
+    axes = ({1: torch.export.Dim.AUTO}, {1: torch.export.Dim.AUTO})
+    args = (torch.ones(1, 7).long(), torch.ones(1, 5, 16))
+    program = torch.export.export(
+        module.eval().requires_grad_(False), args, dynamic_shapes=axes, strict=False
+    )
+    graph = FxGraph.from_export(program)
+    outcome = Incremental(capacity=CAPACITY).run(graph, PassContext())
+    graph.verify()
+    return graph, outcome
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        lambda i, m: m[0, :, 0] > 0,
+        lambda i, m: (m[0, :, 0] > 0) | (i % 3 == 0),
+        lambda i, m: m.sum(-1) * i + torch.zeros(i.shape[0], m.shape[1]),
+    ],
+)
+def test_attention_to_a_source_is_computed_row_by_row(mask):
+    torch.manual_seed(0)
+    module = Across(mask=mask)
+    memory = torch.randn(1, 6, 16)
+    memory[0, 0, 0] = 1.0  # some key is seen
+    graph, outcome = across(module)
+    prelude = outcome.extra["prelude"]
+    crosses = prelude.evaluate(prelude.outputs, {prelude.inputs[0]: memory.numpy()})
+
+    def plain(ids):
+        with torch.no_grad():
+            return module(torch.tensor([list(ids)]), memory)[0].numpy()
+
+    check_steps(Steps(graph, crosses), plain, np.random.default_rng(0), VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Across(causal=True), "counts its queries, so that a row's place matters"),
+        (
+            Across(mask=lambda i, m: torch.arange(i.shape[0] * m.shape[1]).reshape(-1, m.shape[1]) > 3),
+            "a source",
+        ),
+    ],
+)
+def test_attention_to_a_source_that_counts_rows_is_refused(module, said):
+    with pytest.raises(Refused, match=said):
+        across(module)
 
 
 def test_inputs_that_run_along_the_tokens_are_refused():
