@@ -30,8 +30,8 @@ KINDS = ((4, 32, "none"), (4, 128, "ints"), (8, 32, "none"))
 ENOUGH = 100 << 20  # bytes of weights, more than a processor's caches
 
 
-def products(channels: int, width: int, bits: int, group: int, zeros: str) -> tuple[bytes, int]:
-    """A file of many products of one operand, and the bytes of their weights."""
+def products(channels: int, width: int, bits: int, group: int, zeros: str) -> tuple[bytes, int, int]:
+    """A file of many products of one operand, the bytes of their weights, and how many they are."""
     parts = quantized(channels, width, bits=bits, group=group, zeros=zeros)
     attrs = OPS["linear_nbits"].pin([(1, width), (channels, 1, 1)], {"bits": bits, "group": group})
     signature = [(2, 1), (3, 2), (2, 1), (2, 2) if parts[2] is not None else None]
@@ -44,10 +44,7 @@ def products(channels: int, width: int, bits: int, group: int, zeros: str) -> tu
         for name, part in zip(("weight", "scales", "zeros"), parts):
             names.append("" if part is None else f"{name}{i}")
             if part is not None:
-                # Equal tensors would be kept once
-                array = part.numpy().copy()
-                array.flat[: min(i, array.size)] = array.flat[-1]
-                tensors.append(numpy_helper.from_array(array, names[-1]))
+                tensors.append(numpy_helper.from_array(part.numpy(), names[-1]))
         node = helper.make_node(function.name, names, [f"y{i}"], domain="elision", **attrs)
         node.overload = function.overload
         nodes.append(node)
@@ -57,7 +54,7 @@ def products(channels: int, width: int, bits: int, group: int, zeros: str) -> tu
     opsets = [helper.make_opsetid(d, v) for d, v in (("", 20), ("elision", 1), ("com.microsoft", 1))]
     made = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
     onnx.checker.check_model(made)
-    return made.SerializeToString(), size * count
+    return made.SerializeToString(), size * count, count
 
 
 def sessions(stored: bytes) -> dict[str, Any]:
@@ -82,8 +79,7 @@ def measure(
     shape: tuple[int, int], kind: tuple[int, int, str], rows: tuple[int, ...], rounds: int
 ) -> dict[str, Any]:
     channels, width = shape
-    stored, size = products(channels, width, *kind)
-    count = size // (size // max(1, len(onnx.load_from_string(stored).graph.node)))
+    stored, size, count = products(channels, width, *kind)
     sides = sessions(stored)
     found: dict[str, dict[int, float]] = {name: {} for name in sides}
     for m in rows:

@@ -14,7 +14,7 @@ from typing import Any
 
 from harness import RESULTS, keep, machine
 
-MODELS = ("vit_cpu", "focus", "match_share", "compile_share", "analysis_speed")
+MODELS = ("vit_cpu", "focus", "match_share", "compile_share", "analysis_speed", "linear_nbits")
 OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")
 BENCHMARKS = (*MODELS, *OPS, "triton_kernels")
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
