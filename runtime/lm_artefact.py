@@ -6,6 +6,7 @@ what compiled it, our own code, and the processor where kernels pack weights for
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..passes.errors import ElisionError, ModelFileError
-from .table import cache_folder, processor, vectors, version
+from .table import cache_folder, processor, table_for, vectors, version
 
 FORMAT = 1
 ABOUT = "artefact.json"
@@ -41,10 +42,12 @@ def key(digest: str, settings: Mapping[str, Any]) -> str:
         "versions": {name: version(name) for name in _PACKAGES},
         "code": own_code(),
         "processor": [processor(), vectors()],
+        "lowering": table_for("onnx" if settings.get("runtime") == "onnxruntime" else "fx").to_json(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+@functools.cache
 def own_code() -> str:
     """A hash of Elision itself, its C++ kernels included: what another version compiled is not taken."""
     total = hashlib.sha256()
