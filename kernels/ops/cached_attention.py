@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -128,15 +129,15 @@ def write_cached_attention(
         logits = b("Mul", b("Tanh", b("Div", logits, cap)), cap)
     logits = b.reshape(logits, -1, rows, b.length("key_cache", 1))  # [H, M, C]
     zero, one = b.constant(0), b.constant(1)
-    if bias is not None or attrs["window"] > 0:
-        distance = b("Sub", b("Sub", count, one), place)
+    distance = b("Sub", b("Sub", count, one), place)
     if bias is not None:
         last = b("Sub", b.length("bias", 1), b.constant([1]))
         at = b("Min", b("Max", place if attrs["key_bias"] else distance, zero), last)
         logits = b("Add", logits, b("Gather", _as(b, "bias", bias[1], FLOAT), at, axis=1))
-    seen = b("GreaterOrEqual", place, zero)
-    if attrs["window"] > 0:
-        seen = b("And", seen, b("Less", distance, b.constant(attrs["window"])))
+    # The node says its window itself: layers with one and layers without share a function.
+    window = b.attribute("window")
+    reach = b("Where", b("Greater", window, zero), window, b.constant(np.iinfo(np.int32).max))
+    seen = b("And", b("GreaterOrEqual", place, zero), b("Less", distance, reach))
     weights = b("Softmax", b("Where", seen, logits, b.constant(UNSEEN, FLOAT)), axis=-1)
     weights = b("Where", seen, weights, b.constant(0.0, FLOAT))
     weights = b.reshape(weights, shared, -1, b.length("key_cache", 1))
