@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ def optimize(
     verify: bool = True,
     dynamic_shapes: Any = None,
     token_map: bool = False,
+    samples: Sequence[Any] | None = None,
     notify: Notify | None = None,
 ) -> Result:
     """Run `passes` over a model and return the result; the model itself stays as it was.
@@ -124,7 +125,8 @@ def optimize(
         models use them for the numeric check and make some up where their inputs' shapes allow.
     force: apply passes even where they expect no saving. verify: check structure, shapes and numerics after
         every pass. dynamic_shapes: as in torch.export. token_map: also put out the composed token map.
-    notify: told of each step before it starts.
+    samples: real inputs that quantize calibrates on, each as example_inputs. notify: told of each step before it
+        starts.
 
     Raises ElisionError: Refused when a pass finds the graph unsafe, NothingMatched when it finds nothing to
     do, PipelineError, ModelFileError, VerificationError for the rest. An error from a pass carries
@@ -153,6 +155,7 @@ def optimize(
         example_inputs=context_inputs,
         want_map=token_map,
         table=table_for(graph.host),
+        samples=[_in_order(graph, sample) for sample in samples] if samples else None,
     )
     pipeline = framed(given, graph.host)
     report = run_passes(graph, pipeline, context, runner, verify, tell)
@@ -326,6 +329,14 @@ def taken_back(report: Any, original: Graph, pipeline: list[Pass]) -> bool:
             single.notes.append("taken back: no pass of the pipeline changed the model")
     report.graph = original
     return True
+
+
+def _in_order(graph: Graph, sample: Any) -> list[Any]:
+    """A sample as one array or tensor for each of the graph's inputs."""
+    if graph.host == "fx":
+        return _flat_tensors(split_inputs(sample))
+    feeds = feeds_for(graph, sample)
+    return [feeds[value.name] for value in graph.inputs]
 
 
 def _flat_tensors(example: Any) -> list[Any]:

@@ -143,6 +143,7 @@ def test_every_product_and_the_table(graph: Any) -> None:
     assert before == 4 * (150 * 64 + products)
     wide = 2 if graph.host == "fx" else 4
     assert after == 150 * 64 + 2 * 150 * wide + products // 2 + products // 32 * wide
+    assert done.cost_after.bytes < 0.75 * done.cost_before.bytes
     assert single.drift is not None and 0.99 < single.drift[0].correlation < 1
     assert 0.02 < float(single.statistics["mean weight error"]) < 0.12
     worst = max(single.extra["layers"], key=lambda layer: layer["output_error"] or 0)
@@ -275,6 +276,17 @@ def test_calibration_errs_less_on_the_samples(graph: Any) -> None:
         seen = "quantized" if graph.host == "fx" else "unquantized"
         assert f"calibrated on 96 rows, which came out of {seen} layers" in done.passes[0].notes
     assert errors["gptq"] < 0.9 * errors["mse"] < 0.9 * errors["rtn"]
+
+
+@pytest.mark.parametrize("host", ["fx", "onnx"])
+def test_samples_through_the_front_door(host: str, small_onnx: Any) -> None:
+    import elision
+
+    target, example = (llama(), IDS) if host == "fx" else (small_onnx.model, IDS[0].numpy())
+    given = [sample if host == "fx" else (sample[0].numpy(),) for sample in samples()]
+    done = elision.optimize(target, "quantize", example, samples=given)
+    report = next(p for p in done.report.passes if p.name == "quantize")
+    assert any("calibrated on 96 rows" in note for note in report.notes)
 
 
 def test_calibration_without_samples_is_refused(small: Any) -> None:
