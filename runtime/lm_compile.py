@@ -163,12 +163,16 @@ def _source_of(example: dict[str, np.ndarray], prelude: Graph | None) -> dict[st
 
 
 # ---- weights that are quantized already ------------------------------------------------------------------
-def formats_of(source: Source, wanted: Wanted, tell: Tell) -> Formats:
-    """The quantized matrices of a GGUF file; those of the width that is asked for, where one is asked for. Raises
-    ModelFileError for a type that cannot be read."""
-    if source.kind != "gguf" or wanted.bits in (16, 32):
+def formats_of(source: Source, wanted: Wanted, kept: list[Any], tell: Tell) -> Formats:
+    """The quantized matrices of a GGUF file, or `kept`, those of a checkpoint; only those of the width that is asked
+    for, where one is. Raises ModelFileError for a type that cannot be read."""
+    if wanted.bits in (16, 32):
         return Formats()
     from ..passes.formats import SourceFormats
+
+    if source.kind != "gguf":
+        own = [item for item in kept if wanted.bits in (None, item.bits)]
+        return Formats(SourceFormats(own), {f"{item.bits} bits": len(own) for item in own[:1]})
     from ..passes.formats.gguf import import_blocks
     from .lm_gguf import read
 
@@ -178,11 +182,11 @@ def formats_of(source: Source, wanted: Wanted, tell: Tell) -> Formats:
     for entry in contents.quantized():
         if len(entry.shape) != 2:
             continue
-        kept = import_blocks(entry.kind, contents.blocks(entry), entry.name)
+        made = import_blocks(entry.kind, contents.blocks(entry), entry.name)
         # A table or head of 8 bits is what 4 bits ask for as well.
         table = entry.name in ("token_embd.weight", "output.weight")
-        if kept is not None and (wanted.bits in (None, kept.bits) or (table and kept.bits == 8)):
-            known.add(kept)
+        if made is not None and (wanted.bits in (None, made.bits) or (table and made.bits == 8)):
+            known.add(made)
             counts[entry.kind] += 1
     return Formats(known, dict(counts))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..passes.errors import ElisionError, ModelFileError
 from .inputs import first_line
+from .lm_checkpoints import is_quantized, load_quantized
 from .lm_facts import read_json
 from .lm_source import Source, require
 
@@ -45,8 +46,9 @@ def tokenizer_in(folder: Path) -> Any:
         )
 
 
-def load_module(source: Source) -> Any:
-    """The model of a folder or GGUF file as an nn.Module in float32, in evaluation mode. Raises ModelFileError."""
+def load_module(source: Source) -> tuple[Any, list[Any]]:
+    """(the model of a folder or GGUF file as an nn.Module in float32, in evaluation mode; the matrices that a GPTQ or
+    AWQ folder keeps in few bits). Raises ModelFileError."""
     transformers = _transformers()
     import torch
 
@@ -59,12 +61,16 @@ def load_module(source: Source) -> Any:
     else:
         options["use_safetensors"] = True
         auto = _auto_class(transformers, source)
+    kept: list[Any] = []
     with _quietly(f"{source.path}: the model cannot be loaded"):
+        if is_quantized(source):
+            module, kept = load_quantized(source, auto)
+            return module.eval().requires_grad_(False), kept
         module, told = auto.from_pretrained(str(source.folder), output_loading_info=True, **options)
     missing = sorted(told.get("missing_keys", ()))
     if missing:
         raise ModelFileError(f"{source.path}: {len(missing)} weights are missing, {missing[0]} among them")
-    return module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False), kept
 
 
 def _auto_class(transformers: Any, source: Source) -> Any:

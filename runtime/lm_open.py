@@ -160,6 +160,7 @@ class _Compiler:
     ) -> None:
         self.source, self.wanted, self.threads, self.tell = source, wanted, threads, notify
         self.module, self.facts = module, facts
+        self.kept: list[Any] = []  # matrices that a checkpoint has in few bits
 
     def fill(self, folder: Path, tokenizer: Any) -> dict[str, Any]:
         """Returns what artefact.json says."""
@@ -170,7 +171,7 @@ class _Compiler:
         if tokenizer is not None:
             Text(tokenizer, facts.vocabulary, "the tokenizer")  # a wrong one is told before the long work
         capacity = wanted.capacity(facts)
-        formats = Formats() if self.source is None else formats_of(self.source, wanted, self.tell)
+        formats = Formats() if self.source is None else formats_of(self.source, wanted, self.kept, self.tell)
         samples = samples_for(wanted, tokenizer, facts.vocabulary, capacity)
         compiled = step_graph(graph, wanted, capacity, formats, samples, self.tell, example)
         del graph
@@ -213,7 +214,7 @@ class _Compiler:
 
             assert self.source is not None
             self.tell("loading the weights")
-            self.module = load_module(self.source)
+            self.module, self.kept = load_module(self.source)
             self.facts = facts_of_module(self.module)
         return plain_graph(self.module, self.wanted.runtime, self.tell)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from elision.kernels import cpu
 from elision.runtime.lm_verdict import EXACT, examine
 
 import elision
@@ -29,7 +30,8 @@ def test_greedy_tokens_are_transformers(name, runtime):
     asked = prompts(30, 20)
     for ids, result in zip(asked, generator.generate(asked, 12)):
         assert result.token_ids == theirs(model, ids, 12), (ids, result)
-    assert generator.settings["exactness"] == EXACT
+    if cpu.available():
+        assert generator.settings["exactness"] == EXACT
 
 
 def encoder_inputs(model: Any, seed: int) -> dict[str, torch.Tensor]:
@@ -54,6 +56,9 @@ def test_encoder_decoders(name, runtime):
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.skipif(
+    not cpu.available(), reason="without the C++ kernels sums depend on who else is in a call"
+)
 def test_rows_are_the_same_bits(runtime, bits):
     """The verdict over every number of rows from 1 to 64, chains and trees."""
     generator = elision.Generator(make("llama", positions=160), runtime=runtime, bits=bits)
