@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 
 from ..errors import ElisionError
 from .onnx_names import unique_in
+from .onnx_shapes import ShapeEnv, dim
 
 
 def run_model(model: ir.Model, feeds: Mapping[str, np.ndarray], optimise: bool = False) -> list[np.ndarray]:
@@ -47,19 +49,33 @@ def run_model(model: ir.Model, feeds: Mapping[str, np.ndarray], optimise: bool =
 
 
 def run_part(
-    model: ir.Model, wanted: Sequence[ir.Value], feeds: Mapping[ir.Value, np.ndarray]
+    env: ShapeEnv, wanted: Sequence[ir.Value], feeds: Mapping[ir.Value, np.ndarray]
 ) -> list[np.ndarray]:
-    """The data of computed values, given that of the inputs behind them; `model` is not changed.
+    """The data of computed values, given that of the inputs behind them; the model is not changed.
 
-    Raises ElisionError when an input that they depend on is not fed, or when they cannot run."""
-    unique = list(dict.fromkeys(wanted))
-    fed = needed_inputs(model.graph, unique)
-    missing = next((value for value in fed if value not in feeds), None)
+    Lengths that a Shape reads follow from those of the feeds: what only has that length does not run. Raises
+    ElisionError when an input that the values depend on is not fed, or when they cannot run."""
+    model, known = env.model, {**feeds, **lengths_read(env, feeds)}
+    unique = [value for value in dict.fromkeys(wanted) if value not in known]
+    given = boundary(unique, known)
+    missing = next((value for value in given if value not in known), None)
     if missing is not None:
         raise ElisionError(f"%{unique[0].name} depends on the input %{missing.name}, which is not fed")
-    graph = ir.convenience.extract(model.graph, fed, unique)
-    for inner, outer in zip(graph.inputs, fed):
-        inner.shape = ir.Shape(feeds[outer].shape)
+    if unique:
+        known |= zip(unique, run_extract(model, given, unique, known))
+    return [known[value] for value in wanted]
+
+
+def run_extract(
+    model: ir.Model,
+    given: Sequence[ir.Value],
+    wanted: Sequence[ir.Value],
+    known: Mapping[ir.Value, np.ndarray],
+) -> list[np.ndarray]:
+    """`wanted` from `given`, in a model that holds no more than what is between them."""
+    graph = ir.convenience.extract(model.graph, given, wanted)
+    for inner, outer in zip(graph.inputs, given):
+        inner.shape, inner.dtype = ir.Shape(known[outer].shape), ir.DataType.from_numpy(known[outer].dtype)
     for name, held in list(graph.initializers.items()):
         if not held.uses() and not held.is_graph_output():
             del graph.initializers[name]
@@ -74,9 +90,26 @@ def run_part(
     for key, function in model.functions.items():
         if key in called:
             part.functions[key] = function
-    results = run_model(part, {v.name or "": feeds[v] for v in fed})
-    found = dict(zip(unique, results))
-    return [found[value] for value in wanted]
+    return run_model(part, {v.name or "": known[v] for v in given})
+
+
+def lengths_read(env: ShapeEnv, feeds: Mapping[ir.Value, np.ndarray]) -> dict[ir.Value, np.ndarray]:
+    """What the Shape nodes give whose lengths the feeds decide."""
+    lengths: dict[sympy.Basic, int] = {}
+    for value, array in feeds.items():
+        for axis, length in zip(env.shape(value) or (), array.shape):
+            if isinstance(axis, sympy.Symbol):
+                lengths[axis] = length
+    found: dict[ir.Value, np.ndarray] = {}
+    for node in env.model.graph:
+        shape = env.shape(node.inputs[0]) if node.op_type == "Shape" and node.domain == "" else None
+        if shape is None or node.inputs[0] in feeds:
+            continue
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(shape))
+        dims = [d if isinstance(d, int) else dim(d.xreplace(lengths)) for d in shape[start:end]]
+        if all(isinstance(d, int) for d in dims):
+            found[node.outputs[0]] = np.array(dims, np.int64)
+    return found
 
 
 def inside(tensor: ir.ExternalTensor) -> ir.LazyTensor:
@@ -89,16 +122,21 @@ def inside(tensor: ir.ExternalTensor) -> ir.LazyTensor:
     )
 
 
-def needed_inputs(graph: ir.Graph, wanted: Sequence[ir.Value]) -> list[ir.Value]:
-    """The graph's inputs (not its weights) that `wanted` depend on, in order."""
+def boundary(wanted: Sequence[ir.Value], known: Mapping[ir.Value, np.ndarray]) -> list[ir.Value]:
+    """Where a walk back from `wanted` ends: known values, and inputs (no weights)."""
     queue, seen = list(wanted), set(wanted)
+    ends: dict[ir.Value, None] = {}
     while queue:
-        node = queue.pop().producer()
-        for value in [] if node is None else [*node.inputs, *captured(node)]:
-            if value is not None and value not in seen:
-                seen.add(value)
-                queue.append(value)
-    return [value for value in graph.inputs if value in seen]
+        value = queue.pop()
+        node = value.producer()
+        if value in known or value.is_graph_input():
+            ends[value] = None
+            continue
+        for operand in [] if node is None else [*node.inputs, *captured(node)]:
+            if operand is not None and operand not in seen:
+                seen.add(operand)
+                queue.append(operand)
+    return list(ends)
 
 
 def captured(node: ir.Node) -> list[ir.Value]:

@@ -34,7 +34,7 @@ def evaluate(
         raise ElisionError(f"%{bare.name} depends on the input %{bare.name}, which is not fed")
     if open_values:
         inputs = {value.raw: np.asarray(array) for value, array in feeds.items()}
-        known.update(zip(open_values, run_part(graph.model, open_values, inputs)))
+        known.update(zip(open_values, run_part(graph.env, open_values, inputs)))
     return [known[value.raw] for value in values]
 
 

@@ -57,6 +57,8 @@ class Masks:
         a, b = operand(node, 0), operand(node, 1)
         if node.op_type in ("Expand", "Identity") and a is not None:
             return self.plain(a, depth + 1)
+        if node.op_type == "ConstantOfShape" and self.neutral_fill(node):
+            return None
         if node.op_type in ("And", "Add") and a is not None and b is not None:
             return self.both(mask, node, a, b, depth)
         if node.op_type in ("GreaterOrEqual", "Greater") and self.always(node):
@@ -70,6 +72,13 @@ class Masks:
         if node.op_type == "Unsqueeze" and a is not None:
             return self.grown(mask, a, depth)
         return mask
+
+    def neutral_fill(self, node: ir.Node) -> bool:
+        """Zeros of whatever size to be added, or a boolean mask that is true throughout."""
+        fill = node.attributes.get_tensor("value", None)
+        if fill is None:
+            return True
+        return bool(fill.numpy().all()) if fill.dtype == ir.DataType.BOOL else not fill.numpy().any()
 
     def both(self, mask: ir.Value, node: ir.Node, a: ir.Value, b: ir.Value, depth: int) -> ir.Value | None:
         left, right = self.plain(a, depth + 1), self.plain(b, depth + 1)

@@ -56,6 +56,26 @@ class CallWithPast(torch.nn.Module):
         return out.logits, *(x for layer in out.past_key_values.layers for x in (layer.keys, layer.values))
 
 
+class CallWithSourcesPast(torch.nn.Module):
+    """Decoder ids, the encoder's result, and per layer the past and the encoder's keys and values in."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, source: torch.Tensor, *past: torch.Tensor) -> Any:
+        cache = hf.EncoderDecoderCache(hf.DynamicCache(), hf.DynamicCache())
+        for layer in range(len(past) // 4):
+            own, crossed = past[4 * layer : 4 * layer + 2], past[4 * layer + 2 : 4 * layer + 4]
+            cache.self_attention_cache.update(*own, layer)
+            cache.cross_attention_cache.update(*crossed, layer)
+            cache.is_updated[layer] = True
+        given = hf.modeling_outputs.BaseModelOutput(last_hidden_state=source)
+        out = self.model(decoder_input_ids=ids, encoder_outputs=given, past_key_values=cache, use_cache=True)
+        layers = out.past_key_values.self_attention_cache.layers
+        return out.logits, *(x for layer in layers for x in (layer.keys, layer.values))
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters talk on every channel."""
@@ -127,6 +147,22 @@ def past_file(folder: Path, name: str, dynamo: bool) -> Path:
     return export(file, module, args, names, lengths, output_names=outputs, dynamo=False, opset_version=17)
 
 
+def decoder_past_file(folder: Path, name: str) -> Path:
+    """A decoder with its own past and the encoder's keys and values as inputs, as optimum has it."""
+    each = [
+        f"{i}.{side}.{what}" for i in range(2) for side in ("decoder", "encoder") for what in ("key", "value")
+    ]
+    names = ["input_ids", "encoder_hidden_states", *(f"past_key_values.{x}" for x in each)]
+    outputs = ["logits", *(f"present.{x}" for x in each if "decoder" in x)]
+    past = [torch.randn(1, 4, 5 if "decoder" in x else 6, 8) for x in each]
+    lengths = {n: {2: "past_sequence_length" if "decoder" in n else "source"} for n in names[2:]}
+    lengths |= {"input_ids": {1: "tokens"}, "encoder_hidden_states": {1: "source"}}
+    args = (torch.randint(3, VOCABULARY, (1, 3)), torch.randn(1, 6, 32), *past)
+    module = CallWithSourcesPast(causal_model(name))
+    more: Any = {"output_names": outputs, "dynamo": False, "opset_version": 17}
+    return export(folder / f"{name}-decoder-past.onnx", module, args, names, lengths, **more)
+
+
 # ---- running -----------------------------------------------------------------------------------------
 def session(model: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
     """Plain onnxruntime on one thread, without our library."""
@@ -176,8 +212,7 @@ def stepped(
     graph.verify()
     crosses: list[np.ndarray] = []
     prelude = outcome.extra.get("prelude")
-    if prelude is not None:
+    if prelude is not None and source is not None:
         prelude.verify()
-        assert source is not None
         crosses = session(to_proto(prelude.model)).run(None, {prelude.inputs[0].name: source.numpy()})
     return OrtSteps(graph, crosses), outcome

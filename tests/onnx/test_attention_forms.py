@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from .onnx_tools import Builder, check
 
@@ -348,3 +348,22 @@ def test_what_is_no_attention_stays_with_its_reason() -> None:
     graph, report = check(b.model(), feed(), Attention=0)
     assert any("probabilities are an output" in line or "Tanh" in line for line in report.near_misses)
     assert len(graph.ops_of("softmax")) == 1
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, True])
+def test_a_mask_of_one_value(fill: float | bool) -> None:
+    """What adds zeros, or hides nothing, is no mask, whatever its size."""
+    b = Builder(17)
+    x = b.input("x", ["batch", N, C])
+    scores = b("MatMul", heads(b, x), heads(b, x, (0, 2, 3, 1)))
+    tensor = numpy_helper.from_array(np.array([fill], bool if isinstance(fill, bool) else np.float32))
+    batch = b("Slice", b("Shape", x), b.ints(0), b.ints(1))
+    mask = b("ConstantOfShape", b("Concat", batch, b.ints(1, N, N), axis=0), value=tensor)
+    if isinstance(fill, bool):
+        scores = b("Where", mask, scores, b.const(-np.inf))
+    else:
+        scores = b("Add", scores, mask)
+    join(b, b("MatMul", softmax(b, scores), heads(b, x)))
+    graph, _ = check(b.model(), feed(), Attention=1)
+    (op,) = graph.ops_of("attention")
+    assert len(op.inputs) == (4 if fill == 1.0 and not isinstance(fill, bool) else 3)

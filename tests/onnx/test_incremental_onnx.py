@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from elision.passes.errors import NothingMatched, Refused
 from elision.passes.ir.onnx import OnnxGraph
 from elision.passes.onnx.io import from_proto, load_model, save_model
@@ -19,7 +20,7 @@ from onnx import TensorProto
 
 from ..passes.step_runs import check_steps, logits_of
 from ..zoo.causal import CAUSAL, VOCABULARY, causal_model, source_of
-from .causal_files import OrtSteps, opened, past_file, plain_file, stepped
+from .causal_files import OrtSteps, decoder_past_file, opened, past_file, plain_file, stepped
 from .onnx_tools import Builder
 
 FAST = {"llama", "gemma2", "gpt2", "mpt", "falcon-alibi", "cohere", "t5"}
@@ -59,13 +60,15 @@ def test_masks_and_positions_as_inputs(name: str, files: Path) -> None:
 
 
 # The older exporter has no operator for what the others do without a mask of their own.
-OLD = [("opt", 14), ("mpt", 17), ("opt", 17), ("bloom", 17)]
+OLD = [("opt", 14), ("mpt", 17), ("opt", 17), ("bloom", 17), ("t5", 17)]
 
 
 @pytest.mark.parametrize("name, opset", OLD)
 def test_files_of_the_older_exporter(name: str, opset: int, files: Path) -> None:
-    steps, _ = stepped(opened(plain_file(files, name, opset=opset)))
-    check_steps(steps, logits_of(causal_model(name)), np.random.default_rng(2), VOCABULARY)
+    model = causal_model(name)
+    source = source_of(model)
+    steps, _ = stepped(opened(plain_file(files, name, opset=opset)), source)
+    check_steps(steps, logits_of(model, source), np.random.default_rng(2), VOCABULARY)
 
 
 PAST = [("llama", False), ("bloom", False), ("opt", False), ("gpt2", False), ("gpt2", True), ("opt", True)]
@@ -82,6 +85,20 @@ def test_exported_with_a_cache(name: str, dynamo: bool, files: Path) -> None:
     assert outcome.statistics["cached attentions"] == 2
     assert any("4 inputs with keys and values" in note for note in outcome.notes)
     check_steps(steps, logits_of(causal_model(name)), np.random.default_rng(3), VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def test_a_decoder_that_is_given_the_encoders_keys(name: str, files: Path) -> None:
+    """Its past goes; the keys and values of the encoder stay what they are, inputs."""
+    model, graph = causal_model(name), opened(decoder_past_file(files, name))
+    steps, outcome = stepped(graph)
+    assert any("4 inputs with keys and values" in note for note in outcome.notes)
+    assert graph.input_names[9:] == [f"cross.{i}" for i in range(4)]
+    source = source_of(model)
+    with torch.no_grad():
+        cache = model(source, decoder_input_ids=torch.tensor([[3]])).past_key_values.cross_attention_cache
+    steps.crosses = [x.numpy() for layer in cache.layers for x in (layer.keys, layer.values)]
+    check_steps(steps, logits_of(model, source), np.random.default_rng(6), VOCABULARY)
 
 
 def test_saved_with_the_weights_beside_it(files: Path, tmp_path: Path) -> None:

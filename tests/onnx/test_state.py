@@ -57,6 +57,26 @@ def test_evaluate_needs_every_input_behind_the_value() -> None:
         graph.evaluate([graph.inputs[1]], {})
 
 
+def test_a_length_takes_no_data() -> None:
+    """Shape of what other inputs make: the feeds decide it, and nothing else runs."""
+    b = Builder(opset=20)
+    ids = b.input("ids", [1, "S"], TensorProto.INT64)
+    other = b.input("other", [1, "S", 3])
+    rows = b(
+        "MatMul",
+        b("Add", other, b("Unsqueeze", b("Cast", ids, to=TensorProto.FLOAT), b.ints(2))),
+        b.weight(3, 4),
+    )
+    length = b("Squeeze", b("Shape", rows, start=1, end=2), b.ints(0))
+    b("Range", b.const(0, np.int64), length, b.const(1, np.int64))
+    b.nodes[-1].output[0] = "count"
+    b.output("count", TensorProto.INT64)
+    b.output(rows)
+    graph = OnnxGraph(from_proto(b.model()))
+    (found,) = graph.evaluate([named(graph, "count")], {graph.inputs[0]: np.zeros((1, 5), np.int64)})
+    assert found.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_evaluate_tells_what_onnxruntime_says() -> None:
     graph = counting()
     with pytest.raises(ElisionError):
