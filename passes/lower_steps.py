@@ -10,8 +10,9 @@ import numpy as np
 
 from .ir.graph import Graph, Op, Value
 from .lower_heads import NONE, Heads, heads_of, joined_result
-from .lower_linears import side_by_side, with_columns
+from .lower_linears import as_one_function, side_by_side, with_columns
 from .lower_match import Piece, activation, asked, last, operands, piece, same_shape, source
+from .lower_rms import fuse_norms
 
 COS = 9  # the operand of JOINED with cosines; the sines are the next one
 ATTENTION, JOINED, GATED = "elision.cached_attention", "joined_cached_attention", "gated"
@@ -37,6 +38,10 @@ def fuse_steps(graph: Graph) -> dict[str, int]:
             if op.target in (f"elision.{JOINED}", f"elision.{GATED}") and pack(graph, op):
                 _count(counts, "products side by side")
         graph.remove_dead()
+    for what, times in fuse_norms(graph).items():
+        counts[what] = times
+    if graph.host == "onnx" and (changed := as_one_function(graph)):
+        counts["products in the form of the others"] = changed
     return counts
 
 
