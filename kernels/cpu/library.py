@@ -13,7 +13,7 @@ from typing import Any
 ISA = "ELISION_ISA"
 """The environment variable that asks for a variant: avx512, avx2 or portable. Read when the library loads."""
 
-ABI = 6
+ABI = 7
 NAME = "libelision.so"
 
 FLOAT32, UINT8, BOOL, FLOAT16, BFLOAT16 = 1, 2, 9, 10, 16
@@ -118,6 +118,14 @@ class Gated(Structure):
     ]
 
 
+class Norm(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "residual", "weight", "out", "total")),
+        *((name, c_int64) for name in ("rows", "width")),
+        ("eps", c_float),
+    ]
+
+
 _FUNCTIONS: dict[str, type[Structure]] = {
     "elision_match": Match,
     "elision_mean": Mean,
@@ -126,6 +134,7 @@ _FUNCTIONS: dict[str, type[Structure]] = {
     "elision_attention": Attention,
     "elision_cached": Cached,
     "elision_gated": Gated,
+    "elision_norm": Norm,
     "elision_pack": Pack,
     "elision_linear": Linear,
 }

@@ -167,20 +167,52 @@ def gated(x: Tensor, y: Tensor | None = None, *, fn: str = "silu") -> Tensor:
     return out
 
 
-def _gated_refuses(shapes: Shapes, dtypes: Dtypes, attrs: dict[str, Any]) -> str:
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    return _norm(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    if x.shape != residual.shape:
+        raise ValueError(f"add_rms_norm: {list(x.shape)} and {list(residual.shape)} differ")
+    out, total = _norm(x, residual, weight, eps)
+    assert total is not None
+    return out, total
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    given = [x, weight] if residual is None else [x, weight, residual]
+    wrong = [t.dtype for t in given if t.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"rms_norm: the kernel takes float32, not {wrong[0]}")
+    width = x.shape[-1]
+    if weight.shape != (width,):
+        raise ValueError(f"rms_norm: {list(weight.shape)} weights for {width} channels")
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    out = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
+    rows = x.numel() // width if width else 0
+    args = library.Norm(_at(x), _at(residual), _at(weight), _at(out), _at(total), rows, width, eps)
+    call("elision_norm", args, torch.get_num_threads())
+    return out, total
+
+
+def _wants_floats(shapes: Shapes, dtypes: Dtypes, attrs: dict[str, Any]) -> str:
     wrong = [d for d in dtypes if d not in (None, "float32")]
     return f"the kernel takes float32, not {wrong[0]}" if wrong else ""
 
 
-def _register_gated() -> Kernel:
-    op = OPS["gated"]
+def _register_functional(name: str, kernel: Any) -> Kernel:
+    op = OPS[name]
     _LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(op.name, gated, "CPU")
+    _LIBRARY.impl(name, kernel, "CPU")
     add_fake_and_gradient(op, NAMESPACES[TORCH_CPU])
-    return Kernel(op.name, TORCH_CPU, _gated_refuses)
+    return Kernel(name, TORCH_CPU, _wants_floats)
 
 
 MUTATING = {name: _register(name) for name in CACHED}
 """By op: the overload that writes into its caches and returns what the rows get."""
 
-KERNELS = {"gated": _register_gated()}
+_FUNCTIONAL = {"gated": gated, "rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+
+KERNELS = {name: _register_functional(name, kernel) for name, kernel in _FUNCTIONAL.items()}

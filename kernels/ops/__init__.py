@@ -24,6 +24,7 @@ from . import (
     merge_tokens,
     pool_tokens,
     ranges,
+    rms_norm,
     valid_size,
 )
 
@@ -46,6 +47,8 @@ _ALL = (
     cached_attention.OP,
     joined_cached_attention.OP,
     gated.OP,
+    rms_norm.NORM,
+    rms_norm.ADD_NORM,
     linear_nbits.OP,
     linear_rows.OP,
     linear_topk.OP,

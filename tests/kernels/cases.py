@@ -321,7 +321,19 @@ def _gated() -> list[Case]:
     return cases
 
 
+def _norms() -> list[Case]:
+    def make(*names: str, dtype: torch.dtype = torch.float32) -> Any:
+        return lambda: [torch.randn(19).to(dtype) if n == "weight" else torch.randn(2, 5, 19).to(dtype) for n in names]
+
+    return [
+        Case("rms_norm", "alone", make("x", "weight"), {"eps": 1e-5}),
+        Case("rms_norm", "half", make("x", "weight", dtype=torch.float16), {"eps": 1e-3}),
+        Case("add_rms_norm", "added", make("x", "residual", "weight"), {"eps": 1e-6}),
+    ]
+
+
 CASES = [
+    *_norms(),
     *_matching(),
     *_maps(),
     *_attention(),

@@ -45,6 +45,7 @@ struct Kernels {
   int (*linear)(const elision_linear_args&, const PackedHeader&, const elision_runner&, char*, size_t);
   int (*cached)(const elision_cached_args&, const elision_runner&, char*, size_t);
   int (*gated)(const elision_gated_args&, const elision_runner&, char*, size_t);
+  int (*norm)(const elision_norm_args&, const elision_runner&, char*, size_t);
 };
 
 // Scratch slots.

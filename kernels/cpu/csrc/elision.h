@@ -158,6 +158,15 @@ typedef struct {
   int32_t fn;
 } elision_gated_args;
 
+// rms_norm: out = x / sqrt(mean(x^2) + eps) * weight, rows of `width` floats; add_rms_norm with residual and total: of
+// total = x + residual.
+typedef struct {
+  const float *x, *residual, *weight;
+  float *out, *total;
+  int64_t rows, width;
+  float eps;
+} elision_norm_args;
+
 ELISION_API int elision_match(const elision_match_args* args, const elision_runner* runner, char* error, size_t room);
 ELISION_API int elision_mean(const elision_mean_args* args, const elision_runner* runner, char* error, size_t room);
 ELISION_API int elision_merge(const elision_merge_args* args, const elision_runner* runner, char* error, size_t room);
@@ -176,6 +185,7 @@ ELISION_API int elision_linear(const elision_linear_args* args, const elision_ru
 
 ELISION_API int elision_cached(const elision_cached_args* args, const elision_runner* runner, char* error, size_t room);
 ELISION_API int elision_gated(const elision_gated_args* args, const elision_runner* runner, char* error, size_t room);
+ELISION_API int elision_norm(const elision_norm_args* args, const elision_runner* runner, char* error, size_t room);
 
 // Threads for hosts that bring none: *runner uses at most `threads` of them, the caller's included.
 ELISION_API void elision_own_threads(int threads, elision_runner* runner);

@@ -212,6 +212,15 @@ int elision_gated(const elision_gated_args* args, const elision_runner* runner, 
   return kernels().gated(a, *runner, error, room);
 }
 
+int elision_norm(const elision_norm_args* args, const elision_runner* runner, char* error, size_t room) {
+  const elision_norm_args& a = *args;
+  if (!fits({a.rows, a.width})) return misfit("rms_norm", error, room);
+  if ((a.residual == nullptr) != (a.total == nullptr))
+    return fail(error, room, "rms_norm: what is added needs room for the sum, and the sum something to add");
+  if (a.rows == 0 || a.width == 0) return 0;
+  return kernels().norm(a, *runner, error, room);
+}
+
 const char* elision_variant(void) { return kernels().name; }
 
 const char* elision_variants(void) {
@@ -239,5 +248,5 @@ void elision_fraction(float share, int64_t most, int64_t* numerator, int64_t* de
   }
 }
 
-int elision_abi(void) { return 6; }
+int elision_abi(void) { return 7; }
 }

@@ -120,6 +120,28 @@ void gated(const Kernel& kernel, OrtKernelContext* context) {
   call(elision_gated, args, kernel, context);
 }
 
+// rms_norm(x, weight), and add_rms_norm(x, residual, weight) with the sum as a second result.
+void norm(const Kernel& kernel, OrtKernelContext* context) {
+  const bool adds = std::string(kernel.op->name) == "add_rms_norm";
+  const std::string name = kernel.op->name;
+  const Tensor x = kernel.input(context, 0), weight = kernel.input(context, adds ? 2 : 1, 1);
+  if (x.rank == 0) stop(name + ": x has no axes");
+  elision_norm_args args{};
+  args.rows = 1, args.width = x.dims[x.rank - 1];
+  for (size_t a = 0; a + 1 < x.rank; ++a) args.rows = times(args.rows, x.dims[a]);
+  if (weight.dims[0] != args.width) stop(name + ": there is no weight for every channel");
+  args.x = floats(x), args.weight = floats(weight), args.eps = kernel.attributes.eps;
+  args.out = static_cast<float*>(kernel.output(context, 0, x.dims, x.rank));
+  if (adds) {
+    const Tensor residual = kernel.input(context, 1);
+    if (residual.rank != x.rank || memcmp(x.dims, residual.dims, sizeof(int64_t) * x.rank) != 0)
+      stop(name + ": x and residual differ in shape");
+    args.residual = floats(residual);
+    args.total = static_cast<float*>(kernel.output(context, 1, x.dims, x.rank));
+  }
+  call(elision_norm, args, kernel, context);
+}
+
 }  // namespace
 
 void add_step_ops(Ops& all) {
@@ -131,6 +153,8 @@ void add_step_ops(Ops& all) {
     all.push_back(make("joined_cached_attention", t, {f, f, f, t, t, i, i, i, f, f, f, f, f}, {f, t, t}, optional, cached));
   }
   all.push_back(make("gated", f, {f, f}, {f}, {false, true}, gated, find_function));
+  all.push_back(make("rms_norm", f, {f, f}, {f}, {false, false}, norm));
+  all.push_back(make("add_rms_norm", f, {f, f, f}, {f, f}, {false, false, false}, norm));
 }
 
 }  // namespace ort

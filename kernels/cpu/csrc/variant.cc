@@ -7,6 +7,7 @@
 #include "mean_heads.h"
 #include "merge_tokens.h"
 #include "restore_tokens.h"
+#include "rms_norm.h"
 
 #define ELISION_TEXT_(x) #x
 #define ELISION_TEXT(x) ELISION_TEXT_(x)
@@ -15,7 +16,7 @@ namespace elision {
 namespace ELISION_VARIANT {
 
 extern const Kernels kernels;
-const Kernels kernels = {ELISION_TEXT(ELISION_VARIANT), match, mean, merge, restore, attention, linear, cached, gated};
+const Kernels kernels = {ELISION_TEXT(ELISION_VARIANT), match, mean, merge, restore, attention, linear, cached, gated, norm};
 
 }  // namespace ELISION_VARIANT
 }  // namespace elision
