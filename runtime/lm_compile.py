@@ -98,7 +98,9 @@ def plain_graph(module: Any, runtime: str, tell: Tell) -> tuple[Graph, dict[str,
     from .api import quietly
 
     tell("exporting to ONNX")
-    with quietly("the model cannot be exported to ONNX"):
+    with quietly("the model cannot be exported to ONNX"), torch.no_grad():
+        # Guards are checked where a program is called; some are written in terms that only Dynamo knows.
+        program._guards_code = []
         exported = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["logits"])
     if exported is None:
         raise ElisionError("torch.onnx.export gave no model")
