@@ -266,7 +266,9 @@ class Cutter:
             self.crossing.put(op.output, out_level)
             return
         if op.attrs.get("softcap"):
-            raise Refused(f"{op.target} (%{op.name}) caps its scores, so that sizes of tokens cannot go into them")
+            raise Refused(
+                f"{op.target} (%{op.name}) caps its scores, so that sizes of tokens cannot go into them"
+            )
         scale = op.attrs.get("scale")
         attrs = {"scale": float(scale) if scale else 0.0, "causal": bool(op.attrs.get("causal", False))}
         self.crossing.cursor = op

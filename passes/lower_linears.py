@@ -94,38 +94,6 @@ def with_columns(graph: Graph, value: Value, columns: np.ndarray) -> Value | Non
     return graph.insert(name, given, _how(op, name), after=op)[0]
 
 
-def as_one_function(graph: Graph) -> int:
-    """Products of one op in one form, so that all are nodes of one function of a file, and a session takes our kernel
-    for all of them (`onnx/lower_functions.py`): a bias of 0 where others have one, rows of three axes where others
-    have three. Returns how many were changed."""
-    count = 0
-    for name, slot in (("linear_nbits", 4), ("linear_rows", 2)):
-        ops = [op for op in graph.ops_of("elision") if op.target == f"elision.{name}"]
-        biased = any(op.operand(slot) is not None for op in ops)
-        deep = {2, 3} <= {op.inputs[0].rank for op in ops if op.inputs[0] is not None}
-        for op in ops:
-            x, bias = op.inputs[0], op.operand(slot)
-            flat = deep and x is not None and x.rank == 2 and x.shape is not None
-            bare = biased and bias is None and last(op.output) >= 0
-            if x is None or not (flat or bare):
-                continue
-            if bare:
-                bias = graph.insert_constant(np.zeros(last(op.output), np.float32), "no_bias")
-            after = op
-            if flat:
-                x = graph.insert_plain("reshape", [x], {"shape": (1, *(x.shape or ()))}, after=after)
-                after = x.producer or op
-            given = [x, *(op.operand(i) for i in range(1, slot)), bias]
-            made = graph.insert(name, given, _how(op, name), after=after)[0]
-            if flat:
-                made = graph.insert_plain("reshape", [made], {"shape": op.output.shape}, after=made.producer)
-            graph.replace_uses(op.output, made)
-            count += 1
-    if count:
-        graph.remove_dead()
-    return count
-
-
 def _how(op: Op, name: str) -> dict[str, Any]:
     """The attributes of a product but for its number of channels, which the weight has."""
     return {key: value for key, value in asked(op, name).items() if key != "channels"}

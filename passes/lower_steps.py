@@ -10,7 +10,7 @@ import numpy as np
 
 from .ir.graph import Graph, Op, Value
 from .lower_heads import NONE, Heads, heads_of, joined_result
-from .lower_linears import as_one_function, side_by_side, with_columns
+from .lower_linears import side_by_side, with_columns
 from .lower_match import Piece, activation, asked, last, operands, piece, same_shape, source
 from .lower_rms import fuse_norms
 
@@ -40,8 +40,6 @@ def fuse_steps(graph: Graph) -> dict[str, int]:
         graph.remove_dead()
     for what, times in fuse_norms(graph).items():
         counts[what] = times
-    if graph.host == "onnx" and (changed := as_one_function(graph)):
-        counts["products in the form of the others"] = changed
     return counts
 
 

@@ -94,7 +94,10 @@ def op_and_attributes(node: ir.Node) -> tuple[str, dict[str, Any]]:
 
 
 def op_of_function(name: str) -> str:
-    """The op that a function of this name is for: element types may stand behind it (`OpDef.custom`)."""
+    """The op that a function of this name is for: element types may stand behind it (`OpDef.custom`), and the number
+    of a variant (`onnx/lower_functions.py`)."""
+    start, _, number = name.rpartition("_")
+    name = start if number.isdecimal() else name
     types = {kind.lower() for kind, _ in onnx.TensorProto.DataType.items()}
     while (shorter := name.rpartition("_"))[2] in types:
         name = shorter[0]

@@ -1,7 +1,8 @@
 """One function for each op: onnxruntime before 1.24 does not tell overloads apart and would take any of them.
 
 (Tried: 1.20 runs the last one, silently.) Variants that differ in what a node can say itself are made one; of the rest
-the one with most nodes stays a function, which our library can replace, and the others are written into the graph.
+the one with most nodes keeps the op's name, and the others are called by it and a number, under which our library
+(`csrc/onnxruntime.cc`) knows the op too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from ..ir.onnx_dialect import DOMAIN, OP, make_node, op_and_attributes
 from .surgery import Editor, operand
@@ -40,20 +40,27 @@ def unify(ed: Editor) -> None:
 
 
 def one_each(model: ir.Model) -> dict[str, int]:
-    """Write all but the most used function of every op into the graph; returns how many nodes of each op went."""
-    uses: dict[str, Counter[ir.OperatorIdentifier]] = {}
+    """Give all but the most used function of every op a name of its own; returns how many nodes of each op got one."""
+    uses: dict[tuple[str, str], Counter[ir.OperatorIdentifier]] = {}
     for node in model.graph.all_nodes():
         if node.op_identifier() in model.functions:
-            name = f"{node.domain}::{node.op_type}"
-            uses.setdefault(name, Counter())[node.op_identifier()] += 1
-    losers = {key for counter in uses.values() for key, _ in counter.most_common()[1:]}
-    if not losers:
-        return {}
-    gone: dict[str, int] = {}
-    for name, counter in uses.items():
-        times = sum(count for key, count in counter.items() if key in losers)
-        if times:
-            gone[f"{name.partition('::')[2]} written into the graph"] = times
-    common.InlinePass(criteria=lambda function: function.identifier() in losers)(model)
-    common.RemoveUnusedFunctionsPass()(model)
-    return gone
+            uses.setdefault((node.domain, node.op_type), Counter())[node.op_identifier()] += 1
+    names = {(domain, name) for domain, name, _ in model.functions}
+    renamed: dict[ir.OperatorIdentifier, str] = {}
+    counts: dict[str, int] = {}
+    for (domain, name), counter in uses.items():
+        number = 1
+        for key, times in counter.most_common()[1:]:
+            while (domain, f"{name}_{number + 1}") in names:
+                number += 1
+            number += 1
+            renamed[key] = f"{name}_{number}"
+            counts[f"{name} under another name"] = counts.get(f"{name} under another name", 0) + times
+    for node in model.graph.all_nodes():
+        if (new := renamed.get(node.op_identifier())) is not None:
+            node.op_type = new
+    for key, new in renamed.items():
+        function = model.functions.pop(key)
+        function.name = new
+        model.functions[function.identifier()] = function
+    return counts

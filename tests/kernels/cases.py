@@ -323,7 +323,9 @@ def _gated() -> list[Case]:
 
 def _norms() -> list[Case]:
     def make(*names: str, dtype: torch.dtype = torch.float32) -> Any:
-        return lambda: [torch.randn(19).to(dtype) if n == "weight" else torch.randn(2, 5, 19).to(dtype) for n in names]
+        return lambda: [
+            torch.randn(19).to(dtype) if n == "weight" else torch.randn(2, 5, 19).to(dtype) for n in names
+        ]
 
     return [
         Case("rms_norm", "alone", make("x", "weight"), {"eps": 1e-5}),

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <deque>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -320,8 +321,13 @@ Op make(const char* name, int dtype, Types inputs, Types outputs, std::vector<bo
 
 namespace {
 
-// The ops live as long as the library.
+// Files have one function of a name, and call further variants of an op by its name and a number from 2 on
+// (passes/onnx/lower_functions.py). So many are known here; more of them run as functions.
+constexpr int MOST_VARIANTS = 8;
+
+// The ops live as long as the library, with their names.
 const Ops& ops() {
+  static std::deque<std::string> names;
   static const Ops all = [] {
     Ops made;
     for (const int t : {ORT_FLOAT, ORT_FLOAT16, ORT_BFLOAT16}) {
@@ -339,6 +345,14 @@ const Ops& ops() {
       made.push_back(make("restore_tokens", t, {t, ORT_INT32}, {t}, {false, false}, restore));
     add_step_ops(made);
     add_linear_ops(made);
+    const size_t count = made.size();
+    for (int number = 2; number <= MOST_VARIANTS; ++number) {
+      for (size_t i = 0; i < count; ++i) {
+        names.push_back(std::string(made[i].name) + "_" + std::to_string(number));
+        made.push_back(made[i]);
+        made.back().name = names.back().c_str();
+      }
+    }
     return made;
   }();
   return all;

@@ -122,8 +122,8 @@ void gated(const Kernel& kernel, OrtKernelContext* context) {
 
 // rms_norm(x, weight), and add_rms_norm(x, residual, weight) with the sum as a second result.
 void norm(const Kernel& kernel, OrtKernelContext* context) {
-  const bool adds = std::string(kernel.op->name) == "add_rms_norm";
   const std::string name = kernel.op->name;
+  const bool adds = name.compare(0, 3, "add") == 0;
   const Tensor x = kernel.input(context, 0), weight = kernel.input(context, adds ? 2 : 1, 1);
   if (x.rank == 0) stop(name + ": x has no axes");
   elision_norm_args args{};
