@@ -15,8 +15,9 @@ from typing import Any
 from harness import RESULTS, keep, machine
 
 MODELS = ("vit_cpu", "focus", "match_share", "compile_share", "analysis_speed", "linear_nbits")
+LANGUAGE = ("decode", "verify_cost", "perplexity")
 OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")
-BENCHMARKS = (*MODELS, *OPS, "triton_kernels")
+BENCHMARKS = (*MODELS, *LANGUAGE, *OPS, "triton_kernels")
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 START, END = "<!-- results: written by benchmarks/run.py -->", "<!-- end of results -->"
 OPS_START, OPS_END = "<!-- ops: written by benchmarks/run.py -->", "<!-- end of ops -->"
@@ -43,7 +44,7 @@ def op_table() -> str:
 def table() -> str:
     """One row for every result there is."""
     rows = ["| benchmark | measured | aim | machine | date |", "| --- | --- | --- | --- | --- |"]
-    for name in MODELS:
+    for name in (*MODELS, *LANGUAGE):
         data = kept(name)
         if data is not None:
             where = f"{data['machine']['processor']}, {data['machine']['torch_threads']} threads"

@@ -30,8 +30,10 @@ def run(quick: bool) -> dict[str, Any]:
     }
     times: dict[str, dict[int, list[float]]] = {name: {count: [] for count in ROWS} for name in sides}
     for turn in range(rounds + 1):
-        for count in ROWS:
-            for name, side in sides.items():
+        for name, side in sides.items():
+            time.sleep(0.1)  # the other session's threads go on turning for a while
+            side(1)
+            for count in ROWS:
                 begun = time.perf_counter()
                 side(count)
                 if turn:

@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm: the norm in front of a product, with the residual addition that most often stands before it."""
+"""rms_norm, add_rms_norm: the norm in front of a product, with the residual addition that most of them follow."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.fx.graph import CodeGen
 
 from ..errors import ElisionError, Refused
 from . import fx_call, fx_lengths, fx_nodes
@@ -110,7 +111,7 @@ class FxState(FxView):
         graph = self.module.graph
         results = tuple(self._node(v) for _, v in outputs)
         self._output_node().args = (results,)
-        graph.set_codegen(fx.graph.CodeGen())
+        graph.set_codegen(CodeGen())
         self.remove_dead()
         kept = [v.raw for _, v in inputs]
         holders = [n for n in graph.nodes if n.op == "placeholder"]

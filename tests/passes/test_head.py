@@ -6,11 +6,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
-
 from elision.passes import testing
 from elision.passes.errors import PipelineError, Refused
 from elision.passes.head import Head
+from onnx import TensorProto, helper, numpy_helper
 
 
 class Tail(torch.nn.Module):
