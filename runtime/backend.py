@@ -170,6 +170,8 @@ def _as_dynamo_graph(module: torch.fx.GraphModule, original: torch.fx.GraphModul
     for name in ("_param_name_to_source", "compile_subgraph_reason", "_backend_id"):
         if hasattr(original, name):
             setattr(module, name, getattr(original, name))
+    if hasattr(module, "_param_name_to_source"):
+        module._param_name_to_source = _sources(module)  # type: ignore[assignment]
     mine = [node for node in module.graph.nodes if node.op == "placeholder"]
     theirs = [node for node in original.graph.nodes if node.op == "placeholder"]
     for node, old in zip(mine, theirs, strict=True):
@@ -179,6 +181,17 @@ def _as_dynamo_graph(module: torch.fx.GraphModule, original: torch.fx.GraphModul
         if hasattr(old, "_dynamo_source"):
             node._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     return module
+
+
+def _sources(module: torch.fx.GraphModule) -> dict[str, Any]:
+    """Where every parameter and buffer comes from. Those that passes made, of quantized weights say, come from nowhere
+    that Dynamo knows."""
+    from torch._dynamo.source import ConstantSource
+
+    known: dict[str, Any] = dict(module._param_name_to_source)  # type: ignore[arg-type]
+    for name, _ in [*module.named_parameters(), *module.named_buffers()]:
+        known.setdefault(name, ConstantSource(f"elision.{name}"))
+    return known
 
 
 # ---- Inductor ------------------------------------------------------------------------------------------
