@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,20 @@ import elision
 from .lm_zoo import DECODERS, ENCODER_DECODERS, LIMIT, WORDS, make, theirs
 
 RUNTIMES = ("torch", "onnxruntime")
+QUICK = {"llama", "gemma2", "mpt", "gpt2", "t5"}
+"""Exported to ONNX in every run of the tests, which takes seconds each; the others in `make test-all`."""
+
+
+def everywhere(names: Iterable[str]) -> list[Any]:
+    """(name, runtime) for every model and both runtimes."""
+    return [
+        pytest.param(
+            *(name, runtime),
+            marks=[pytest.mark.slow] if runtime == "onnxruntime" and name not in QUICK else [],
+        )
+        for name in names
+        for runtime in RUNTIMES
+    ]
 
 
 def prompts(count: int, longest: int) -> list[list[int]]:
@@ -22,8 +37,7 @@ def prompts(count: int, longest: int) -> list[list[int]]:
     return [random.integers(3, WORDS, random.integers(1, longest + 1)).tolist() for _ in range(count)]
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(("name", "runtime"), everywhere(DECODERS))
 def test_greedy_tokens_are_transformers(name, runtime):
     model = make(name)
     generator = elision.Generator(model, runtime=runtime, context=LIMIT, batch=4)
@@ -41,8 +55,7 @@ def encoder_inputs(model: Any, seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, WORDS, (1, 6 + seed), generator=generator)}
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize(("name", "runtime"), everywhere(ENCODER_DECODERS))
 def test_encoder_decoders(name, runtime):
     model = make(name)
     generator = elision.Generator(model, runtime=runtime, context=LIMIT if name != "whisper" else None)
