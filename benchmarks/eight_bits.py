@@ -49,6 +49,8 @@ def vision(quick: bool) -> tuple[Any, float]:
         plain_result, result = theirs(x), ours(x)
         apart = float((plain_result - result).abs().max() / plain_result.abs().max())
         times = interleave(
-            {"inductor": lambda: theirs(x), "elision": lambda: ours(x)}, rounds=5 if quick else 20, seconds=120
+            {"inductor": lambda: theirs(x), "elision": lambda: ours(x)},
+            rounds=5 if quick else 20,
+            seconds=120,
         )
     return compare(times), apart

@@ -65,7 +65,11 @@ def test_torch_graphs(case: Case) -> None:
     assert decompose(graph) == {}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Products of few bits are ONNX Runtime's own operator in files, which torch-mlir does not read: docs/mlir.md says so.
+FILES = [case for case in CASES if not (case.op == "linear_topk" and case.attrs["bits"] < 16)]
+
+
+@pytest.mark.parametrize("case", FILES, ids=str)
 def test_onnx_graphs(case: Case) -> None:
     operands = case.make()
     wanted = call(case.op, operands, case.attrs)
