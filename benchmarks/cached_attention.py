@@ -19,6 +19,8 @@ from elision.runtime.bench import interleave, timing
 from onnx import helper
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from harness import limits
+
 from tests.kernels import onnx_call, steps
 
 HEADS = ((9, 3, 64), (32, 8, 128), (16, 16, 64))
@@ -105,14 +107,6 @@ def ways(heads: int, shared: int, width: int, rows: int, past: int) -> dict[str,
             q, keys, values, attn_mask=mask, enable_gqa=heads != shared
         ),
     }
-
-
-def limits(rounds: int) -> tuple[float, float]:
-    """Bytes read and multiply-adds in a second."""
-    memory, square = torch.ones(64 << 20), torch.randn(768, 768)
-    times = interleave({"read": lambda: memory.sum(), "product": lambda: square @ square}, rounds=rounds)
-    best = {name: min(runs) for name, runs in times.items()}
-    return memory.numel() * 4 / best["read"], 768**3 / best["product"]
 
 
 def run(quick: bool = False) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from elision.passes.manager import versions
+from elision.runtime.bench import interleave
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,6 +43,14 @@ def keep(name: str, data: dict[str, Any]) -> Path:
     document = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), **data}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def limits(rounds: int) -> tuple[float, float]:
+    """Bytes read, and multiply-adds of float32, in a second: the fastest of some runs."""
+    memory, square = torch.ones(64 << 20), torch.randn(768, 768)
+    times = interleave({"read": lambda: memory.sum(), "product": lambda: square @ square}, rounds=rounds)
+    best = {name: min(runs) for name, runs in times.items()}
+    return memory.numel() * 4 / best["read"], 768**3 / best["product"]
 
 
 def best_of(action: Any, runs: int) -> float:

@@ -21,6 +21,8 @@ from elision.runtime.session import session
 from onnx import helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from harness import limits
+
 from tests.kernels.linear_cases import quantized
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (2048, 2048), (8192, 2048))
@@ -67,14 +69,6 @@ def sessions(stored: bytes) -> dict[str, Any]:
     return {"MatMulNBits": plain, "ours": session(stored, options[1], providers=["CPUExecutionProvider"])}
 
 
-def limits(rounds: int) -> tuple[float, float]:
-    """Bytes read and multiply-adds of bytes in a second."""
-    memory, square = torch.ones(64 << 20), torch.randn(768, 768)
-    times = interleave({"read": lambda: memory.sum(), "product": lambda: square @ square}, rounds=rounds)
-    best = {name: min(runs) for name, runs in times.items()}
-    return memory.numel() * 4 / best["read"], 4 * 768**3 / best["product"]
-
-
 def measure(
     shape: tuple[int, int], kind: tuple[int, int, str], rows: tuple[int, ...], rounds: int
 ) -> dict[str, Any]:
@@ -88,7 +82,9 @@ def measure(
         for name, runs in interleave(actions, rounds=rounds if m <= 64 else 3, warm_up=1).items():
             found[name][m] = timing(name, runs).median_ms
     bytes_second, adds_second = limits(rounds)
-    floor = {m: 1e3 * max(size / bytes_second, m * channels * width * count / adds_second) for m in rows}
+    floor = {
+        m: 1e3 * max(size / bytes_second, m * channels * width * count / (4 * adds_second)) for m in rows
+    }
     return {
         "case": f"{channels} x {width}, {kind[0]} bits, groups of {kind[1]}, zeros: {kind[2]}",
         "bytes": size,

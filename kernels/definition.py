@@ -51,6 +51,10 @@ class OpDef:
     full_precision: runs outside autocast, which must not blur which tokens are alike.
     pinned: attributes that repeat lengths which the function body must know as numbers, from the operands' shapes.
     opaque_shapes: the reference's symbolic shapes are correct but roundabout; shape propagation takes `shapes`.
+    mixes: how many of its first operand's last axes the op mixes, 1 for a product; all before are treated position by
+    position. None: it mixes others.
+    same_bits: what its kernels are for is that a row has the same bits among any number of rows, which the reference
+    does not promise; they are taken wherever they can be, fast or not.
     source: where the op was described first.
     """
 
@@ -69,6 +73,8 @@ class OpDef:
     full_precision: bool = True
     pinned: Callable[[list[Any], Attributes], Attributes] | None = None
     opaque_shapes: bool = False
+    mixes: int | None = None
+    same_bits: bool = False
     source: str = ""
     _cache: dict[str, onnx.FunctionProto] = field(default_factory=dict, repr=False, compare=False)
 

@@ -12,8 +12,7 @@ from typing import Any
 from .base import NewSignature, Outcome, Pass, PassContext, register
 from .errors import PipelineError, Refused
 from .ir.graph import Graph, Op, Value
-
-PRODUCTS = ("elision.linear_nbits", "elision.linear_rows")
+from .keep_rows import is_product
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def find_product(graph: Graph, output: int) -> tuple[Value, Op]:
         op = op.inputs[0].producer
     if op is None:
         raise Refused(f"%{logits.name} is output {output} and no op computes it")
-    constant = op.kind == "linear" and op.inputs[1] is not None and graph.is_constant(op.inputs[1])
-    if op.target not in PRODUCTS and not constant:
+    if op.kind == "matmul" or not is_product(graph, op):
         raise Refused(
             f"{op.target} (%{op.name}) makes output {output}: it is no product with constant weights"
         )

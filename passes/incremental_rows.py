@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import sympy
 
+from .analysis.signatures import mixed_axes
 from .errors import Refused
 from .ir.graph import Op, Value, product
 
@@ -21,11 +22,6 @@ Rule = Callable[[Op, Axes], "int | None"]
 """The token axis of the op's outputs. Raises Mixes where tokens meet."""
 
 RULES: dict[str, Rule] = {}
-
-# Ops of our own dialect that work on the last axis of their first operand.
-ROW_WISE = frozenset({"linear_nbits", "linear_rows", "gated", "rms_norm"})
-# Ops that add a last axis to their first operand.
-LOOK_UPS = frozenset({"embedding_nbits"})
 
 
 class Mixes(Exception):
@@ -251,12 +247,10 @@ def _scatter(op: Op, axes: Axes) -> int:
 
 @rule("elision")
 def _elision(op: Op, axes: Axes) -> int:
-    name = op.target.rpartition(".")[2].rpartition("::")[2]
-    if name not in ROW_WISE | LOOK_UPS:
+    mixed = mixed_axes(op)
+    if mixed is None:
         raise Mixes("is no operation that is known to treat tokens one by one")
     axis = axes[0]
     if axis is None or any(other not in (None, axis) for other in axes):
         raise Mixes("reads tokens where weights are expected")
-    if name in LOOK_UPS:
-        return axis
-    return _avoid(axis, [_operand(op).rank - 1], "sums over the tokens")
+    return _avoid(axis, range(_operand(op).rank - mixed, _operand(op).rank), "sums over the tokens")

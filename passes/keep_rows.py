@@ -73,9 +73,7 @@ def rows_behind(graph: Graph, output: Value, axis: int) -> list[Op]:
         if op is None or (others > 1):
             raise Refused(f"%{value.name} is an input, or used in {others} places: its rows cannot be chosen")
         chain.append(op)
-        weight = op.operand(1)
-        constant = weight is not None and graph.is_constant(weight)
-        if op.target in PRODUCTS or (op.kind in ("linear", "matmul") and constant):
+        if is_product(graph, op):
             if axis >= value.rank - 1:
                 raise Refused(f"%{value.name} has no rows along axis {axis}, which its product makes")
             return chain
@@ -88,6 +86,13 @@ def rows_behind(graph: Graph, output: Value, axis: int) -> list[Op]:
                 "each row by itself"
             )
         value = computed[0]
+
+
+def is_product(graph: Graph, op: Op) -> bool:
+    """A product with constant weights, of the host's or of the dialect's."""
+    weight = op.operand(1)
+    known = op.kind in ("linear", "matmul") or op.target in PRODUCTS
+    return known and weight is not None and graph.is_constant(weight)
 
 
 def is_fixed(graph: Graph, value: Value) -> bool:

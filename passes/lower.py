@@ -21,13 +21,6 @@ from .lower_steps import fuse_steps
 from .lowering import KERNEL, MLIR, ONNXRUNTIME, TARGETS, TORCH_CPU, TORCH_CUDA, Table, dialect_class
 from .options import nearest
 
-FOR_THEIR_BITS = frozenset(
-    {"linear_nbits", "linear_rows", "linear_topk", "cached_attention", "joined_cached_attention", "gated"}
-    | {"rms_norm", "add_rms_norm"}
-)
-"""Ops whose kernels are taken wherever they can be, fast or not: they give a row the same bits among any number of
-rows, which ATen does not."""
-
 HOSTS = {ONNXRUNTIME: ("onnx",), TORCH_CPU: ("fx",), TORCH_CUDA: ("fx",), MLIR: ("fx", "onnx")}
 
 
@@ -144,11 +137,9 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
             choice = table.choose(name, target, dialect_class(name, shapes, dtypes, attrs))
             if reason:
                 reason = f"{name}: {reason}"
-            elif name in FOR_THEIR_BITS:
-                pass
-            elif choice is not None and choice.form != KERNEL:
+            elif not OPS[name].same_bits and choice is not None and choice.form != KERNEL:
                 reason = f"{name}: ATen is as fast at this size"
-            elif choice is None and target == TORCH_CUDA:
+            elif not OPS[name].same_bits and choice is None and target == TORCH_CUDA:
                 # GPUs differ too much for a guess, and none was measured where the defaults come from.
                 reason = f"{name}: not measured on this GPU (elision tune-kernels --target torch-cuda)"
         if name in kernels and not reason and target == TORCH_CPU and name in OPERANDS:

@@ -14,7 +14,6 @@ from .lower_linears import side_by_side, with_columns
 from .lower_match import Piece, activation, asked, last, operands, piece, same_shape, source
 from .lower_rms import fuse_norms
 
-COS = 9  # the operand of JOINED with cosines; the sines are the next one
 ATTENTION, JOINED, GATED = "elision.cached_attention", "joined_cached_attention", "gated"
 
 
@@ -32,14 +31,11 @@ def fuse_steps(graph: Graph) -> dict[str, int]:
             _count(counts, "gated")
     if counts:
         graph.remove_dead()
-        if graph.host == "onnx":
-            turn_all(graph)
         for op in list(graph.ops_of("elision")):
             if op.target in (f"elision.{JOINED}", f"elision.{GATED}") and pack(graph, op):
                 _count(counts, "products side by side")
         graph.remove_dead()
-    for what, times in fuse_norms(graph).items():
-        counts[what] = times
+    counts |= fuse_norms(graph)
     return counts
 
 
@@ -101,34 +97,6 @@ def _alike(q: Heads, k: Heads) -> bool:
     if (q.rotary is None) != (k.rotary is None) or (q.rotary is not None and not q.rotary.like(k.rotary)):
         return False
     return q.norm is None or k.norm is None or q.eps == k.eps
-
-
-def turn_all(graph: Graph) -> None:
-    """In a file with rotary angles in some layers and none in others, angles of 0 for the latter: all are then nodes of
-    one function, and a session takes our kernel for all of them (`onnx/lower_functions.py`)."""
-    ops = [op for op in graph.ops_of("elision") if op.target == f"elision.{JOINED}"]
-    turning = [op for op in ops if op.attrs["rotary"] != NONE]
-    table = turning[0].operand(COS) if turning else None
-    gather = None if table is None else source(table).producer
-    index = None if gather is None or gather.kind != "gather" else gather.operand(1)
-    if gather is None or index is None or index.rank != 1 or gather.output.rank != 3:
-        return
-    positions = gather.inputs[0].shape[1] if gather.inputs[0] is not None and gather.inputs[0].shape else None
-    still: list[Value] = []
-    for op in ops:
-        if op.attrs["rotary"] != NONE or not isinstance(positions, int):
-            continue
-        if not still:
-            for name, number in (("no_angle_cos", 1), ("no_angle_sin", 0)):
-                constant = graph.insert_constant(np.full((1, positions, 2), number, np.float32), name)
-                still.append(graph.insert_plain("gather", [constant, index], {"axis": 1}, after=gather))
-        given = [op.operand(i) for i in range(COS + 4)]
-        given[COS : COS + 2] = still
-        attrs = {**asked(op, JOINED), "rotary": turning[0].attrs["rotary"]}
-        new = graph.insert(JOINED, given, attrs, after=op)
-        for old, value in zip(op.outputs, new):
-            graph.replace_uses(old, value)
-    graph.remove_dead()
 
 
 # ---- operands side by side -----------------------------------------------------------------------------

@@ -49,20 +49,26 @@ def encode(module: fx.GraphModule) -> dict[str, Any]:
             entry["value"] = _encode_value(node.meta.get("val"))
             entry["origin"] = node.meta.get("elision_origin", "input")
         elif node.op == "get_attr":
-            entry["value"] = _encode_value(_fetch(module, str(node.target)), data=True)
-        elif node.op == "call_function":
-            entry["target"] = encode_target(node.target)
-            entry["args"] = [encode_item(item) for item in node.args]
-            entry["kwargs"] = {key: encode_item(item) for key, item in node.kwargs.items()}
-        elif node.op == "output":
-            entry["args"] = [encode_item(item) for item in node.args]
+            entry["value"] = _encode_value(fetch(module, str(node.target)), data=True)
+        elif node.op in ("call_function", "output"):
+            entry |= encode_call(node)
         else:
             raise ElisionError(f"{node.name}: a {node.op} node cannot be put into a reproducer")
         nodes.append(entry)
     return {"nodes": nodes, "training": module.training}
 
 
-def _fetch(module: fx.GraphModule, path: str) -> Any:
+def encode_call(node: fx.Node) -> dict[str, Any]:
+    """What a call, or the output, of a graph takes, and of a call what is called."""
+    entry: dict[str, Any] = {"args": [encode_item(item) for item in node.args]}
+    if node.op == "call_function":
+        entry["target"] = encode_target(node.target)
+        entry["kwargs"] = {key: encode_item(item) for key, item in node.kwargs.items()}
+    return entry
+
+
+def fetch(module: fx.GraphModule, path: str) -> Any:
+    """What a get_attr node of this target reads."""
     found: Any = module
     for part in path.split("."):
         found = getattr(found, part)
@@ -143,12 +149,9 @@ def decode(data: dict[str, Any]) -> fx.GraphModule:
                 node = graph.get_attr(f"weight_{index}")
                 value = mode.from_tensor(value)
             elif op == "call_function":
-                function = decode_target(str(entry["target"]))
-                args = tuple(decode_item(item, nodes) for item in entry["args"])
-                kwargs = {str(key): decode_item(item, nodes) for key, item in entry["kwargs"].items()}
-                node = graph.call_function(function, args, kwargs)
-                fakes = map_arg((args, kwargs), lambda n: values[n.name])
-                value = function(*fakes[0], **fakes[1])
+                node = graph.call_function(*decode_call(entry, nodes))
+                fakes = map_arg((node.args, node.kwargs), lambda n: values[n.name])
+                value = node.target(*fakes[0], **fakes[1])  # type: ignore[operator]
             elif op == "output":
                 graph.output(decode_item(entry["args"][0], nodes))
                 break
@@ -159,6 +162,15 @@ def decode(data: dict[str, Any]) -> fx.GraphModule:
     module = fx.GraphModule(root, graph)
     module.train(bool(data.get("training", False)))
     return module
+
+
+def decode_call(
+    entry: dict[str, Any], nodes: dict[str, fx.Node]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The function, args and kwargs of a call."""
+    args = tuple(decode_item(item, nodes) for item in entry["args"])
+    kwargs = {str(key): decode_item(item, nodes) for key, item in entry["kwargs"].items()}
+    return decode_target(str(entry["target"])), args, kwargs
 
 
 def _attribute(value: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:

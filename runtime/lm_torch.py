@@ -16,7 +16,8 @@ class TorchSteps:
     """See `lm_step.StepModel`.
 
     module: takes the inputs called `inputs`, in this order, and gives a flat list of outputs called `outputs`.
-    caches: name, shape and dtype of each cache. prelude: computes the inputs that hold what an encoder read."""
+    caches: the shape of each cache by its name; they hold float32. prelude: computes the inputs that hold what an
+    encoder read."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..passes.errors import ElisionError, ModelFileError
-from .fx_json import decode_item, decode_target, encode_item, encode_target
+from .fx_json import decode_call, decode_item, encode_call, fetch
 from .inputs import first_line
 from .lm_source import require
 
@@ -26,13 +26,9 @@ def save(module: fx.GraphModule, folder: Path, names: Mapping[str, Any]) -> None
     for node in module.graph.nodes:
         entry: dict[str, Any] = {"name": node.name, "op": node.op}
         if node.op == "get_attr":
-            entry["tensor"] = _store(_fetch(module, str(node.target)), tensors, known)
-        elif node.op == "call_function":
-            entry["target"] = encode_target(node.target)
-            entry["args"] = [encode_item(item) for item in node.args]
-            entry["kwargs"] = {key: encode_item(item) for key, item in node.kwargs.items()}
-        elif node.op == "output":
-            entry["args"] = [encode_item(item) for item in node.args]
+            entry["tensor"] = _store(_tensor(module, str(node.target)), tensors, known)
+        elif node.op in ("call_function", "output"):
+            entry |= encode_call(node)
         elif node.op != "placeholder":
             raise ElisionError(f"{node.name}: a {node.op} node cannot be kept")
         nodes.append(entry)
@@ -43,10 +39,8 @@ def save(module: fx.GraphModule, folder: Path, names: Mapping[str, Any]) -> None
     (folder / GRAPH).write_text(json.dumps({"nodes": nodes, **names}))
 
 
-def _fetch(module: fx.GraphModule, path: str) -> torch.Tensor:
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part)
+def _tensor(module: fx.GraphModule, path: str) -> torch.Tensor:
+    found = fetch(module, path)
     if not isinstance(found, torch.Tensor):
         raise ElisionError(f"{path}: a {type(found).__name__} cannot be kept")
     return found.detach()
@@ -95,9 +89,7 @@ def _rebuild(entries: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) ->
             case "get_attr":
                 node = graph.get_attr(entry["tensor"])
             case "call_function":
-                args = tuple(decode_item(item, nodes) for item in entry["args"])
-                kwargs = {key: decode_item(item, nodes) for key, item in entry["kwargs"].items()}
-                node = graph.call_function(decode_target(entry["target"]), args, kwargs)
+                node = graph.call_function(*decode_call(entry, nodes))
             case _:
                 graph.output(decode_item(entry["args"][0], nodes))
                 break

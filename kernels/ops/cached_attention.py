@@ -182,6 +182,7 @@ OP = OpDef(
     inputs=("q", "k", "v", "key_cache", "value_cache", "slots", "prefix", "ancestors", "bias?"),
     outputs=("out", "new_key_cache", "new_value_cache"),
     attrs=(Attr("scale", 0.0), Attr("softcap", 0.0), Attr("window", 0), Attr("key_bias", False)),
+    same_bits=True,
     reference=cached_attention,
     shapes=_shapes,
     dtypes=_dtypes,

@@ -86,6 +86,7 @@ OP = OpDef(
     inputs=("ids", "weight", "scales", "zeros?"),
     outputs=("out",),
     attrs=(Attr("bits"), Attr("group"), Attr("width"), Attr("dtype", "float32")),
+    mixes=0,
     reference=embedding_nbits,
     shapes=_shapes,
     dtypes=lambda dtypes, attrs: [attrs["dtype"]],

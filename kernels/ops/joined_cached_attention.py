@@ -186,6 +186,7 @@ OP = OpDef(
         *(Attr("heads"), Attr("kv_heads"), Attr("scale", 0.0), Attr("softcap", 0.0), Attr("window", 0)),
         *(Attr("key_bias", False), Attr("rotary", NONE), Attr("eps", 1e-6), Attr("norm_offset", 0.0)),
     ),
+    same_bits=True,
     reference=joined_cached_attention,
     shapes=_shapes,
     dtypes=_dtypes,

@@ -86,6 +86,8 @@ OP = OpDef(
         *(Attr("bits"), Attr("group"), Attr("k"), Attr("eps", 1e-6)),
         *(Attr("norm_offset", 0.0), Attr("width", 0), Attr("channels", 0)),
     ),
+    mixes=1,
+    same_bits=True,
     reference=linear_topk,
     shapes=_shapes,
     dtypes=lambda dtypes, attrs: ["float32", "int64"],

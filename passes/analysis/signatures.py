@@ -24,13 +24,17 @@ POSITION_KEEPING = frozenset(
 )
 
 
-# Ops of our dialect that treat every position of all axes but the last for itself.
-BY_POSITION = ("linear_nbits", "linear_rows", "gated", "embedding_nbits")
+def mixed_axes(op: Op) -> int | None:
+    """How many last axes of its first operand an op of our dialect mixes; None where others meet, or for other ops."""
+    from ...kernels import OPS
+
+    found = OPS.get(op.target.split(".")[-1].split("::")[-1]) if op.kind == "elision" else None
+    return None if found is None else found.mixes
 
 
 def by_position(op: Op) -> bool:
     """Whether an op of our dialect treats tokens one by one, as a product or an elementwise function does."""
-    return op.kind == "elision" and op.target.split(".")[-1].startswith(BY_POSITION)
+    return mixed_axes(op) is not None
 
 
 def row(*kinds: str) -> Callable[[Signature], Signature]:
@@ -259,11 +263,11 @@ def _elision(op: Op) -> Groups:
         return
     if name.startswith("attention"):
         yield from attention_groups(x, operand(op, 1), operand(op, 2), op.operand(3), op.output)
-    elif by_position(op):
-        for axis in range(x.rank - (not name.startswith("embedding_nbits"))):
-            yield [(x, axis), (op.output, axis)]
+    elif (mixed := mixed_axes(op)) is not None:
+        for axis in range(x.rank - mixed):
+            yield [(x, axis), *((out, axis) for out in op.outputs)]
         other = op.operand(1)
-        if name.startswith("gated") and other is not None:
+        if name in ("gated", "add_rms_norm") and other is not None:
             yield from one_to_one(x, other)
     elif name.startswith(("merge_tokens", "restore_tokens")):
         for axis in range(x.rank):

@@ -13,7 +13,8 @@ from elision.runtime.lm_verdict import EXACT, examine
 
 import elision
 
-from .lm_zoo import DECODERS, ENCODER_DECODERS, LIMIT, WORDS, make, theirs
+from ..zoo.causal import ENCODER_DECODERS, VOCABULARY
+from .lm_zoo import DECODERS, LIMIT, make, theirs
 
 RUNTIMES = ("torch", "onnxruntime")
 QUICK = {"llama", "gemma2", "mpt", "gpt2", "t5"}
@@ -34,7 +35,7 @@ def everywhere(names: Iterable[str]) -> list[Any]:
 
 def prompts(count: int, longest: int) -> list[list[int]]:
     random = np.random.default_rng(7)
-    return [random.integers(3, WORDS, random.integers(1, longest + 1)).tolist() for _ in range(count)]
+    return [random.integers(3, VOCABULARY, random.integers(1, longest + 1)).tolist() for _ in range(count)]
 
 
 @pytest.mark.parametrize(("name", "runtime"), everywhere(DECODERS))
@@ -52,7 +53,7 @@ def encoder_inputs(model: Any, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "input_features":
         return {"input_features": torch.randn(1, 16, 40, generator=generator)}
-    return {"input_ids": torch.randint(3, WORDS, (1, 6 + seed), generator=generator)}
+    return {"input_ids": torch.randint(3, VOCABULARY, (1, 6 + seed), generator=generator)}
 
 
 @pytest.mark.parametrize(("name", "runtime"), everywhere(ENCODER_DECODERS))

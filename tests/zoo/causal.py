@@ -94,11 +94,19 @@ CAUSAL: dict[str, Callable[[], torch.nn.Module]] = {
             d_ff=64,
             num_layers=2,
             num_heads=4,
-            decoder_start_token_id=0,
+            decoder_start_token_id=3,
+            **_SPECIAL,
         )
     ),
     "bart": lambda: hf.BartForConditionalGeneration(
-        hf.BartConfig(vocab_size=VOCABULARY, d_model=32, max_position_embeddings=POSITIONS, **_BRANCHES)
+        hf.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            max_position_embeddings=POSITIONS,
+            decoder_start_token_id=3,
+            **_BRANCHES,
+            **_SPECIAL,
+        )
     ),
     "whisper": lambda: hf.WhisperForConditionalGeneration(
         hf.WhisperConfig(
@@ -108,11 +116,13 @@ CAUSAL: dict[str, Callable[[], torch.nn.Module]] = {
             max_source_positions=20,
             max_target_positions=POSITIONS,
             decoder_start_token_id=3,
+            begin_suppress_tokens=None,
             **_BRANCHES,
             **_SPECIAL,
         )
     ),
 }
+ENCODER_DECODERS = ("t5", "bart", "whisper")
 
 
 @cache

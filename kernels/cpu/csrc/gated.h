@@ -60,10 +60,6 @@ inline int gated(const elision_gated_args& args, const elision_runner& runner, c
   }
   const size_t count = static_cast<size_t>((args.rows + whole.rows - 1) / whole.rows * whole.pieces);
   const auto one = [](void* self, size_t i) { static_cast<const Gated*>(self)->task(static_cast<int64_t>(i)); };
-  if (count == 1) {
-    one(&whole, 0);
-    return 0;
-  }
   runner.run(runner.self, one, &whole, count);
   return 0;
 }

@@ -58,10 +58,6 @@ inline int norm(const elision_norm_args& args, const elision_runner& runner, cha
   Norm whole{args, larger<int64_t>(1, NORM_ELEMENTS / args.width)};
   const size_t count = static_cast<size_t>((args.rows + whole.rows - 1) / whole.rows);
   const auto one = [](void* self, size_t i) { static_cast<const Norm*>(self)->task(static_cast<int64_t>(i)); };
-  if (count == 1) {
-    one(&whole, 0);
-    return 0;
-  }
   runner.run(runner.self, one, &whole, count);
   return 0;
 }
