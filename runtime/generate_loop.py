@@ -1,6 +1,7 @@
 """The decoding loop: prompts are read one after the other, running sequences take one step together.
 
 A sequence is admitted as soon as there are slots for it and the batch has room, so that a long one holds nobody up.
+With a draft (`speculation`), a step verifies a tree for each sequence; without, its last token alone.
 """
 
 from __future__ import annotations
@@ -10,9 +11,29 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from .draft_tree import Tree
+from .drafters import Verified
 from .generate_sampling import Sampler
-from .lm_step import CHUNK, Slots, StepModel, chain, joined, read_prompt
+from .lm_step import (
+    CHUNK,
+    Largest,
+    Rows,
+    Slots,
+    StepModel,
+    chain,
+    joined,
+    largest_of,
+    prompt_chunks,
+    tree_rows,
+)
 from .lm_text import Stream
+from .speculation import SAMPLING, SequenceDraft, Speculation, Spent
+from .verify import accepted_token, walk
+
+HEADROOM = 63
+"""Slots for the nodes of a tree besides a sequence's own, where the cache has them."""
 
 
 @dataclass(eq=False)
@@ -31,6 +52,10 @@ class Running:
     new: list[int] = field(default_factory=list)
     finish: str | None = None
     start: int = -1  # the first of its slots
+    held: int = 0  # how many they are
+    draft: SequenceDraft | None = None
+    spent: Spent = field(default_factory=Spent)
+    pieces: list[str] = field(default_factory=list)
     begun: float = 0.0
     first: float = 0.0
     ended: float = 0.0
@@ -40,55 +65,195 @@ class Running:
         """How many it needs: the last new id is never fed."""
         return max(1, len(self.prompt) + self.limit - 1)
 
+    @property
+    def past(self) -> int:
+        """Tokens before the last one."""
+        return len(self.prompt) + len(self.new) - 1
+
 
 def decode(
-    model: StepModel, sequences: Sequence[Running], batch: int, chunk: int = CHUNK
+    model: StepModel,
+    sequences: Sequence[Running],
+    batch: int,
+    chunk: int = CHUNK,
+    speculation: Speculation | None = None,
 ) -> Iterator[tuple[Running, str]]:
-    """Runs all sequences; yields (sequence, piece of text) whenever one has a new id, and once more at its end if text
+    """Runs all sequences; yields (sequence, piece of text) whenever one has new ids, and once more at its end if text
     had been held back. Every sequence fits the cache when it is alone: whoever made them has checked that."""
     waiting, active, slots = deque(sequences), [], Slots(model.capacity)
-    while waiting or active:
-        while waiting and len(active) < batch:
-            start = slots.take(waiting[0].slots)
-            if start is None:
-                break
-            one = waiting.popleft()
-            one.start, one.begun = start, time.perf_counter()
-            if one.limit < 1:
-                one.first = one.ended = one.begun
-                one.finish = one.cut_by
-            else:
-                scores = read_prompt(model, start, one.prompt, chunk)
-                yield from _advance(one, scores)
-            active.append(one)
-        for one in [item for item in active if item.finish]:
-            slots.give_back(one.start)
-        active = [item for item in active if not item.finish]
-        if not active:
-            continue
-        past = [len(one.prompt) + len(one.new) - 1 for one in active]
-        rows = joined([chain(one.start, at, one.new[-1:]) for one, at in zip(active, past)])
+    try:
+        while waiting or active:
+            while waiting and len(active) < batch and _admit(waiting[0], slots, speculation is not None):
+                one = waiting.popleft()
+                _begin(model, one, chunk, speculation)
+                active.append(one)
+                if one.new:
+                    yield one, one.pieces.pop()
+            for one in [item for item in active if item.finish]:
+                slots.give_back(one.start)
+                _close(one)
+            active = [item for item in active if not item.finish]
+            if active:
+                _round(model, active, speculation)
+                for one in active:
+                    for piece in one.pieces:
+                        yield one, piece
+                    one.pieces.clear()
+    finally:
+        for one in active:
+            _close(one)
+
+
+def _admit(one: Running, slots: Slots, drafting: bool) -> bool:
+    """Gives a sequence its slots, with room for a tree where that can be had."""
+    wanted = min(one.slots + HEADROOM, slots.total) if drafting else one.slots
+    for held in dict.fromkeys((wanted, one.slots)):
+        start = slots.take(held)
+        if start is not None:
+            one.start, one.held = start, held
+            return True
+    return False
+
+
+def _begin(model: StepModel, one: Running, chunk: int, speculation: Speculation | None) -> None:
+    """Reads the prompt and commits the first new id."""
+    one.begun = time.perf_counter()
+    if one.limit < 1:
+        one.first = one.ended = one.begun
+        one.finish = one.cut_by
+        return
+    *earlier, rows = prompt_chunks(one.start, one.prompt, chunk)
+    for part in earlier:
+        model.largest(part, [len(part) - 1])
+    last = [len(rows) - 1]
+    if one.sampler.plain:
+        token = one.sampler.best(model.largest(rows, last), 0)
+    else:
+        token = one.sampler.choose(model.step(rows, last)[0], one.prompt, 0, last=one.limit == 1)
+    _commit(one, token)
+    if speculation is not None and not one.finish:
+        seed = (one.sampler.how.seed, one.number)
+        one.draft = speculation.begin([*one.prompt, *one.new], one.limit - len(one.new), seed)
+
+
+def _close(one: Running) -> None:
+    if one.draft is not None:
+        one.draft.close()
+        one.draft = None
+
+
+def _round(model: StepModel, active: list[Running], speculation: Speculation | None) -> None:
+    """One call of the model for all, and what each of them commits."""
+    begun = time.perf_counter()
+    trees = [_tree(one, len(active)) for one in active]
+    drafted = time.perf_counter()
+    rows = joined([_rows(one, tree) for one, tree in zip(active, trees)])
+    ready = time.perf_counter()
+    scores: np.ndarray | None = None
+    if all(one.sampler.plain for one in active):
+        found = model.largest(rows)
+    else:
         scores = model.step(rows)
-        for one, row in zip(active, scores):
-            yield from _advance(one, row)
+        found = None
+    done = time.perf_counter()
+    places = np.cumsum([0, *map(len, trees)]).tolist()
+    learning = any(one.draft is not None for one in active)
+    if found is None:
+        found = largest_of(scores, model.largest_k) if learning and scores is not None else None
+    seen = []
+    for one, tree, low, high in zip(active, trees, places, places[1:]):
+        part = None if found is None else Largest(found.values[low:high], found.ids[low:high])
+        path, new = _verify(one, tree, part, None if scores is None else scores[low:high], speculation)
+        _compact(model, one, path, len(new))
+        seen.append((path, new, part))
+    verified = time.perf_counter()
+    count = places[-1]
+    for one, tree, (path, new, part) in zip(active, trees, seen):
+        share, spent = len(tree) / count, one.spent
+        learned = time.perf_counter()
+        if one.draft is not None and part is not None:
+            one.draft.observe(Verified(tree, part.ids, path, new), (verified - begun) * share)
+        spent.rounds, spent.rows, spent.tokens = (
+            spent.rounds + 1,
+            spent.rows + len(tree),
+            spent.tokens + len(new),
+        )
+        spent.draft += (drafted - begun) * share + (time.perf_counter() - learned)
+        spent.verify += (done - ready) * share
+        spent.rest += (ready - drafted + verified - done) * share
+        if len(tree) > 1:
+            for node in path[1:]:
+                origin = tree.origins[node]
+                spent.origins[origin] = spent.origins.get(origin, 0) + 1
+        if spent.trace is not None:
+            spent.trace.append(
+                tree.to_json()
+                | {
+                    "accepted": path,
+                    "new": new,
+                    "draft": (drafted - begun) * share,
+                    "verify": (done - ready) * share,
+                }
+            )
 
 
-def _advance(one: Running, scores) -> Iterator[tuple[Running, str]]:
-    last = len(one.new) + 1 >= one.limit
-    token = one.sampler.choose(scores, [*one.prompt, *one.new], len(one.new), last=last)
-    now = time.perf_counter()
+def _tree(one: Running, sequences: int) -> Tree:
+    """What the sequence verifies: never more than its slots hold, never deeper than it may still write."""
+    root = one.new[-1]
+    if one.draft is None:
+        return Tree.of(root)
+    return one.draft.propose(root, one.past, one.held - one.past, one.limit - len(one.new) - 1, sequences)
+
+
+def _rows(one: Running, tree: Tree) -> Rows:
+    if len(tree) == 1:
+        return chain(one.start, one.past, tree.tokens)
+    return tree_rows(one.start, one.past, tree.tokens, tree.parents, tree.depths)
+
+
+def _verify(
+    one: Running, tree: Tree, best: Largest | None, scores: np.ndarray | None, speculation: Speculation | None
+) -> tuple[list[int], list[int]]:
+    sampler = one.sampler
+    history, known = [*one.prompt, *one.new], len(one.new)
+    rejecting = speculation is not None and speculation.mode == SAMPLING and not sampler.how.greedy
+
+    def choose(node: int, tokens: Sequence[int]) -> int:
+        if scores is None:
+            assert best is not None
+            return sampler.best(best, node)
+        new = known + len(tokens)
+        text, last = [*history, *tokens], new + 1 >= one.limit
+        if not rejecting:
+            return sampler.choose(scores[node], text, new, last=last)
+        p = sampler.dense(scores[node], text, new, last=last)
+        return accepted_token(p, tree, node, sampler.random)
+
+    return walk(tree, choose, lambda token: _commit(one, token))
+
+
+def _commit(one: Running, token: int) -> bool:
+    """Takes a new id; whether the text goes on."""
     one.new.append(token)
-    one.first = one.first or now
-    one.ended = now
+    one.ended = time.perf_counter()
+    one.first = one.first or one.ended
     if token in one.ends:
         one.finish = "eos"
-        yield one, one.stream.finish()
-        return
+        one.pieces.append(one.stream.finish())
+        return False
     piece = one.stream.push(token)
     if one.stream.stopped:
         one.finish = "stop"
-    elif last:
-        one.finish = one.cut_by
+    elif len(one.new) >= one.limit:
         piece += one.stream.finish()
-        one.finish = "stop" if one.stream.stopped else one.finish
-    yield one, piece
+        one.finish = "stop" if one.stream.stopped else one.cut_by
+    one.pieces.append(piece)
+    return one.finish is None
+
+
+def _compact(model: StepModel, one: Running, path: list[int], new: int) -> None:
+    """The accepted nodes' keys and values into the slots that follow the past; the others are overwritten later."""
+    if one.finish is None and path != list(range(len(path))):
+        base = one.start + one.past - new  # where the root lies: `past` counts the new tokens already
+        nodes = np.asarray(path)
+        model.move(base + nodes, base + np.arange(len(path)))

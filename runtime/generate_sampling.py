@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..passes.errors import ElisionError
+from .lm_step import Largest
 
 
 @dataclass(frozen=True)
@@ -149,22 +150,47 @@ def _best(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 class Sampler:
-    """Chooses the ids of one sequence, the `number`-th of a batch."""
+    """Chooses the ids of one sequence, the `number`-th of a batch. plain: the best id is taken and nothing bans or
+    penalises any, so that of a row's scores only the largest matter. random: the stream that ids are drawn from."""
 
     def __init__(self, how: Sampling, number: int = 0) -> None:
         self.how = how
-        self._random = np.random.Generator(np.random.PCG64([how.seed, number]))
+        self.plain = how.greedy and replace(how, seed=0, top_k=0, top_p=1.0) == Sampling()
+        self.random = np.random.Generator(np.random.PCG64([how.seed, number]))
+
+    def best(self, largest: Largest, row: int) -> int:
+        """The next id where decoding is `plain`. Raises ElisionError as `choose` does."""
+        if not math.isfinite(largest.values[row, 0]):
+            raise ElisionError(_BROKEN)
+        return int(largest.ids[row, 0])
 
     def choose(self, scores: np.ndarray, history: Sequence[int], new: int, *, last: bool = False) -> int:
         """The next id. Raises ElisionError for scores that are no numbers, which broken weights give."""
-        scores = adjusted(scores, history, new, self.how, last=last)
-        best = int(np.argmax(scores))  # the position of the first NaN, where there is one
-        if not np.isfinite(scores[best]):
-            raise ElisionError(
-                "the model's scores are not finite: its weights are damaged, or nothing may be chosen"
-            )
+        scores, best = self._adjusted(scores, history, new, last)
         if self.how.greedy:
             return best
         ids, weights = distribution(scores, self.how)
-        place = int(np.searchsorted(np.cumsum(weights), self._random.random(), side="right"))
+        place = int(np.searchsorted(np.cumsum(weights), self.random.random(), side="right"))
         return int(ids[min(place, len(ids) - 1)])
+
+    def dense(
+        self, scores: np.ndarray, history: Sequence[int], new: int, *, last: bool = False
+    ) -> np.ndarray:
+        """The distribution that `choose` draws from, float64 [V]."""
+        scores, _ = self._adjusted(scores, history, new, last)
+        ids, weights = distribution(scores, self.how)
+        p = np.zeros(len(scores))
+        p[ids] = weights
+        return p
+
+    def _adjusted(
+        self, scores: np.ndarray, history: Sequence[int], new: int, last: bool
+    ) -> tuple[np.ndarray, int]:
+        scores = adjusted(scores, history, new, self.how, last=last)
+        best = int(np.argmax(scores))  # the position of the first NaN, where there is one
+        if not np.isfinite(scores[best]):
+            raise ElisionError(_BROKEN)
+        return scores, best
+
+
+_BROKEN = "the model's scores are not finite: its weights are damaged, or nothing may be chosen"

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..passes.base import Pass, PassContext
-from ..passes.errors import ElisionError
+from ..passes.errors import ElisionError, Refused
 from ..passes.ir.graph import Graph
 from ..passes.pipeline import parse
 from .lm_facts import Facts
 from .lm_source import Source
+from .lm_step import LARGEST
 from .table import table_for
 
 CONTEXT = 2048
@@ -136,7 +137,23 @@ def step_graph(
     found = [single.extra["prelude"] for single in report.passes if single.extra.get("prelude") is not None]
     prelude = run(found[0], parse("lower"), context, tell).graph if found else None
     notes = [f"{single.name}: {note}" for single in report.passes for note in single.notes]
-    return Compiled(report.graph, prelude, _source_of(example or {}, prelude), notes)
+    rows = with_largest(report.graph, context, tell, notes)
+    lowered = run(rows, parse("lower"), context, tell)
+    notes += [f"{single.name}: {note}" for single in lowered.passes for note in single.notes]
+    return Compiled(lowered.graph, prelude, _source_of(example or {}, prelude), notes)
+
+
+def with_largest(graph: Graph, context: PassContext, tell: Tell, notes: list[str]) -> Graph:
+    """The step graph with the largest scores of every kept row as outputs `values` and `indices`, and all scores only
+    of the rows that a new input `ask` names. Where something stands behind the head's product (a cap, a scale), which
+    could make ties of scores that differ, the graph stays and a note says so: scores are then read whole."""
+    width = graph.outputs[0].shape[-1] if graph.outputs[0].shape else None
+    k = min(LARGEST, width) if isinstance(width, int) else LARGEST
+    try:
+        return run(graph, parse(f"head{{k={k} beside=true}},keep-rows{{name=ask}}"), context, tell).graph
+    except Refused as reason:
+        notes.append(f"head: {reason}")
+        return graph
 
 
 def run(graph: Graph, passes: list[Pass], context: PassContext, tell: Tell) -> Any:
@@ -149,13 +166,14 @@ def run(graph: Graph, passes: list[Pass], context: PassContext, tell: Tell) -> A
 
 
 def pipeline(wanted: Wanted, capacity: int, formats: Formats) -> list[Pass]:
-    """Weights are rounded in the plain graph, which sample texts run through as they are."""
+    """What comes before the head and lowering. Weights are rounded in the plain graph, which sample texts run through
+    as they are."""
     text = []
     bits = wanted.bits if wanted.bits is not None else 8 if formats.counts else 32
     if bits != 32:
         head = "" if wanted.head_bits is None else f" head_bits={wanted.head_bits}"
         text.append(f"quantize{{bits={bits} group={wanted.group} method={wanted.method}{head}}}")
-    text += [f"incremental{{capacity={capacity}}}", "keep-rows", "fix-rows", "lower"]
+    text += [f"incremental{{capacity={capacity}}}", "keep-rows", "fix-rows"]
     return parse(",".join(text))
 
 

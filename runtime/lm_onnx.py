@@ -10,7 +10,8 @@ import numpy as np
 
 from ..passes.errors import ElisionError, ModelFileError
 from .inputs import first_line
-from .lm_step import Rows, named_inputs
+from .lm_caches import Caches
+from .lm_step import LARGEST, Largest, Rows, largest_of, named_inputs
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -33,19 +34,23 @@ class OnnxSteps:
         self._scores = self._session.get_outputs()[0].name
         self._keeps = "keep" in self._inputs
         self._held: dict[str, np.ndarray] = {}
-        made = {item.name for item in self._session.get_outputs()}
+        self._outputs: dict[str, np.ndarray] = {}
+        made = {item.name: item for item in self._session.get_outputs()}
         caches = [name for name in self._inputs if f"{name}.out" in made]
         if not caches:
             raise ModelFileError("the step graph has no caches")
+        shapes = {name: (tuple(self._inputs[name].shape), _TYPES[self._inputs[name].type]) for name in caches}
+        self._caches = Caches(shapes)
         for name in caches:
-            item = self._inputs[name]
-            cache = self._held[name] = np.zeros(tuple(item.shape), _TYPES[item.type])
-            self._bind(name, cache)
-            self._bind_output(f"{name}.out", cache)
-        for extra in made - {self._scores} - {f"{name}.out" for name in caches}:
+            self._bind(name, self._caches.views[name])
+            self._bind_output(f"{name}.out", self._caches.views[name])
+        self._ranks = "ask" in self._inputs and "indices" in made
+        known = {self._scores, *(f"{name}.out" for name in caches)}
+        for extra in set(made) - known - ({"values", "indices"} if self._ranks else set()):
             self._binding.bind_output(extra, "cpu")
         self.capacity = int(self._inputs[caches[0]].shape[1])
         self.vocabulary = vocabulary
+        self.largest_k = int(made["indices"].shape[-1]) if self._ranks else min(LARGEST, vocabulary)
         self._prelude = None if prelude is None else _session(prelude, threads)
         self._begun = {name for name in self._inputs if name.startswith("cross.")}
 
@@ -58,30 +63,50 @@ class OnnxSteps:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def step(self, rows: Rows, keep: Sequence[int] | None = None) -> np.ndarray:
+        wanted = np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64)
+        self._run(rows, wanted, len(wanted) if self._keeps else len(rows))
+        scores = self._outputs[self._scores][0]
+        return scores if self._keeps else scores[wanted]
+
+    def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
+        if not self._ranks:
+            return largest_of(self.step(rows, keep), self.largest_k)
+        self._run(rows, np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64), 0)
+        return Largest(self._outputs["values"][0], self._outputs["indices"][0])
+
+    def _run(self, rows: Rows, keep: np.ndarray, scored: int) -> None:
+        """scored: how many rows' scores are wanted whole, all that are kept or none."""
         if self._begun:
             raise ElisionError("an encoder-decoder needs encoder_inputs first")
-        wanted = np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64)
         fed = {
             "input_ids": rows.ids[None],
             "position_ids": rows.positions[None],
             "slots": rows.slots,
             "prefix": rows.prefix,
             "ancestors": rows.ancestors,
-            "keep": wanted,
+            "keep": keep,
+            "ask": np.arange(scored),
         }
         for name, array in fed.items():
             if name in self._inputs:
                 self._bind(name, np.ascontiguousarray(array))
-        count = len(wanted) if self._keeps else len(rows)
-        scores = self._held.get("")
-        if scores is None or scores.shape[1] != count:
-            scores = self._held[""] = np.empty((1, count, self.vocabulary), np.float32)
-            self._bind_output(self._scores, scores)
+        self._output(self._scores, (1, scored, self.vocabulary), np.float32)
+        if self._ranks:
+            self._output("values", (1, len(keep), self.largest_k), np.float32)
+            self._output("indices", (1, len(keep), self.largest_k), np.int64)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's own exceptions share no base but Exception
             raise ElisionError(f"onnxruntime cannot run the step graph: {first_line(error)}") from error
-        return scores[0] if self._keeps else scores[0][wanted]
+
+    def _output(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+        array = self._outputs.get(name)
+        if array is None or array.shape != shape:
+            array = self._outputs[name] = np.empty(shape, dtype)
+            self._bind_output(name, array)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        self._caches.move(source, target)
 
     def begin(self, inputs: dict[str, Any]) -> None:
         if self._prelude is None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Opened:
-    """tokenizer: of transformers, None where the model came without one. settings: what was compiled, the verdict."""
+    """tokenizer: of transformers, None where the model came without one. settings: what was compiled, the verdict. key:
+    of the kept artefact, None where it was not kept."""
 
     model: StepModel
     facts: Facts
     tokenizer: Any
     settings: dict[str, Any]
+    key: str | None = None
 
 
 def open_model(
@@ -63,7 +65,7 @@ def open_model(
     kept = lm_artefact.find(name) if name is not None else None
     if kept is not None:
         try:
-            return _opened(kept, str(model), tokenizer, threads, notify)
+            return replace(_opened(kept, str(model), tokenizer, threads, notify), key=name)
         except ModelFileError:
             shutil.rmtree(kept.folder, ignore_errors=True)  # damaged: compiled anew
     compiler = _Compiler(source, wanted, threads, notify)
@@ -74,7 +76,7 @@ def open_model(
     opened = _opened(artefact, str(model), tokenizer, threads, notify)
     if name is None:
         weakref.finalize(opened.model, shutil.rmtree, artefact.folder, True)
-    return opened
+    return replace(opened, key=name)
 
 
 def check(source: Source) -> None:

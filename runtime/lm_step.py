@@ -7,7 +7,7 @@ of a tree are told apart by nothing else, so one call can hold rows of many.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,10 @@ from ..passes.errors import ElisionError
 
 CHUNK = 512
 """Rows of one call while a prompt is read."""
+
+LARGEST = 8
+"""How many of a row's largest scores are given where not all are wanted: the first is the greedy id, and drafters learn
+from the others (Token Recycling keeps 8)."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +38,49 @@ class Rows:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class Largest:
+    """The k largest scores of rows: values float32 [R, k], descending; ids int64 [R, k], the lowest first of equals."""
+
+    values: np.ndarray
+    ids: np.ndarray
+
+
 class StepModel(Protocol):
-    """What runs a step graph. `capacity`: C; `vocabulary`: V."""
+    """What runs a step graph. `capacity`: C; `vocabulary`: V; `largest_k`: k of `largest`."""
 
     capacity: int
     vocabulary: int
+    largest_k: int
 
     def step(self, rows: Rows, keep: Sequence[int] | None = None) -> np.ndarray:
         """Writes the rows into the cache; scores float32 [len(keep), V] of the rows in `keep` (None: all). The array is
         good until the next call."""
         ...
 
+    def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
+        """`step`, of which only the k largest scores of each row are wanted."""
+        ...
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        """The keys and values in the slots `source` [n] into the slots `target` [n], all at once."""
+        ...
+
     def begin(self, inputs: dict[str, Any]) -> None:
         """What an encoder-decoder's decoder attends to, from now on. Raises ElisionError where there is no encoder."""
         ...
+
+
+def largest_of(scores: np.ndarray, k: int) -> Largest:
+    """The k largest of every row of scores [R, V]. Where there are fewer, fewer. NaN counts as the largest."""
+    k = min(k, scores.shape[1])
+    found = np.empty((len(scores), k), np.int64)
+    for row, into in zip(scores, found):
+        row = np.nan_to_num(row, nan=np.inf)
+        limit = np.partition(row, -k)[-k]
+        ids = np.flatnonzero(row >= limit)
+        into[:] = ids[np.argsort(-row[ids], kind="stable")][:k]
+    return Largest(np.take_along_axis(scores, found, 1), found)
 
 
 class Slots:
@@ -84,16 +117,26 @@ def chain(start: int, past: int, ids: Sequence[int]) -> Rows:
 def tree(start: int, past: int, ids: Sequence[int], parents: Sequence[int]) -> Rows:
     """A tree after the `past` ids in slots start, start+1, ...: node i lies in the i-th slot after them. parents[i] < i
     is its parent, -1 for a root."""
-    count = len(ids)
-    slots = (start + past + np.arange(count)).astype(np.int32)
-    paths: list[list[int]] = []
-    for node, parent in enumerate(parents):
-        paths.append([*(paths[parent] if parent >= 0 else []), int(slots[node])])
-    longest = max(len(path) for path in paths)
-    ancestors = np.array([path + [-1] * (longest - len(path)) for path in paths], np.int32)
-    positions = np.array([past + len(path) - 1 for path in paths], np.int64)
-    prefix = np.broadcast_to(np.array([start, past], np.int32), (count, 2)).copy()
-    return Rows(np.asarray(ids, np.int64), positions, slots, prefix, ancestors)
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return tree_rows(start, past, ids, parents, depths)
+
+
+def tree_rows(
+    start: int, past: int, ids: Sequence[int], parents: Sequence[int], depths: Sequence[int]
+) -> Rows:
+    """`tree`, where the depths of the nodes are known."""
+    count, first = len(ids), start + past
+    slots = np.arange(first, first + count, dtype=np.int32)
+    ancestors = np.full((count, max(depths) + 1), -1, np.int32)
+    for node, (parent, depth) in enumerate(zip(parents, depths)):
+        if depth:
+            ancestors[node, :depth] = ancestors[parent, :depth]
+        ancestors[node, depth] = first + node
+    prefix = np.empty((count, 2), np.int32)
+    prefix[:] = start, past
+    return Rows(np.asarray(ids, np.int64), past + np.asarray(depths, np.int64), slots, prefix, ancestors)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -115,14 +158,10 @@ def _widened(ancestors: np.ndarray, width: int) -> np.ndarray:
     return np.pad(ancestors, ((0, 0), (0, padding)), constant_values=-1) if padding else ancestors
 
 
-def read_prompt(model: StepModel, start: int, ids: Sequence[int], chunk: int = CHUNK) -> np.ndarray:
-    """Writes a prompt into the slots from `start` on, in chunks; float32 [V], the scores of what comes next."""
-    scores = None
+def prompt_chunks(start: int, ids: Sequence[int], chunk: int = CHUNK) -> Iterator[Rows]:
+    """The calls that write a prompt into the slots from `start` on."""
     for first in range(0, len(ids), chunk):
-        part = ids[first : first + chunk]
-        scores = model.step(chain(start, first, part), [len(part) - 1])
-    assert scores is not None, "a prompt has at least one id"
-    return scores[0]
+        yield chain(start, first, ids[first : first + chunk])
 
 
 def named_inputs(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ..passes.errors import ElisionError
-from .lm_step import Rows, named_inputs
+from .lm_caches import Caches
+from .lm_step import LARGEST, Largest, Rows, largest_of, named_inputs
 
 
 class TorchSteps:
@@ -33,24 +34,39 @@ class TorchSteps:
     ) -> None:
         self._module, self._inputs, self._outputs = module, list(inputs), list(outputs)
         self._prelude, self._prelude_names = prelude, (list(prelude_inputs), list(prelude_outputs))
+        self._block = Caches({name: (tuple(shape), np.float32) for name, shape in caches.items()})
         self._values: dict[str, torch.Tensor] = {
-            name: torch.zeros(tuple(shape), dtype=torch.float32) for name, shape in caches.items()
+            name: torch.from_numpy(view) for name, view in self._block.views.items()
         }
         self._caches = {f"{name}.out": name for name in caches}
+        self._ranks = "ask" in self._inputs and "indices" in self._outputs
+        self.largest_k = min(LARGEST, vocabulary)
         self.capacity = int(next(iter(caches.values()))[1])
         self.vocabulary = vocabulary
         if threads:
             torch.set_num_threads(threads)
 
-    @torch.inference_mode()
     def step(self, rows: Rows, keep: Sequence[int] | None = None) -> np.ndarray:
         wanted = np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64)
+        scores = self._run(rows, wanted, len(wanted))[0][0]
+        return (scores if "keep" in self._inputs else scores[wanted]).numpy()
+
+    def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
+        if not self._ranks:
+            return largest_of(self.step(rows, keep), self.largest_k)
+        wanted = np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64)
+        results = dict(zip(self._outputs, self._run(rows, wanted, 0)))
+        return Largest(results["values"][0].numpy(), results["indices"][0].numpy())
+
+    @torch.inference_mode()
+    def _run(self, rows: Rows, keep: np.ndarray, scored: int) -> list[torch.Tensor]:
+        """scored: how many of the kept rows' scores are wanted whole, all of them or none."""
         values = self._values
         values["input_ids"] = torch.from_numpy(rows.ids)[None]
         values["position_ids"] = torch.from_numpy(rows.positions)[None]
         for name in ("slots", "prefix", "ancestors"):
             values[name] = torch.from_numpy(np.ascontiguousarray(getattr(rows, name)))
-        values["keep"] = torch.from_numpy(wanted)
+        values["keep"], values["ask"] = torch.from_numpy(keep), torch.arange(scored)
         missing = [name for name in self._inputs if name not in values]
         if missing:
             raise ElisionError(
@@ -58,10 +74,13 @@ class TorchSteps:
             )
         results = self._module(*[values[name] for name in self._inputs])
         for name, result in zip(self._outputs, results):
-            if name in self._caches:  # the same memory where the graph writes in place
-                values[self._caches[name]] = result
-        scores = results[0][0]
-        return (scores if "keep" in self._inputs else scores[wanted]).numpy()
+            cache = self._caches.get(name)
+            if cache is not None and result.data_ptr() != values[cache].data_ptr():
+                values[cache].copy_(result)  # a graph that does not write in place
+        return results
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        self._block.move(source, target)
 
     @torch.inference_mode()
     def begin(self, inputs: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .lm_step import Rows, StepModel, chain, tree
+from .lm_step import Largest, Rows, StepModel, chain, tree
 
 EXACT, NEAR_TIE = "exact", "near-tie"
 COUNTS = (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 64)
@@ -59,11 +59,17 @@ def examine(model: StepModel, counts: Sequence[int] = COUNTS, seed: int = 0) -> 
         # Alone, in slots of its own, so that where a key lies is tried too.
         elsewhere = _moved(rows, PAST, most)
         alone = np.concatenate([model.step(_taken(elsewhere, [i])).copy() for i in range(most)])
+        best = [_copied(model.largest(_taken(elsewhere, [i]))) for i in range(most)]
         for count in counts:
             among = model.step(_taken(rows, range(count)))
             if not same_bits(among, alone[:count]):
                 differing.append(f"{name} {count}")
                 largest = max(largest, float(np.abs(among - alone[:count]).max()))
+            found = model.largest(_taken(rows, range(count)))
+            values, numbers = (np.concatenate(part[:count]) for part in zip(*best, strict=True))
+            if not same_bits(found.values, values) or not np.array_equal(found.ids, numbers):
+                differing.append(f"largest of {name} {count}")
+                largest = max(largest, float(np.abs(found.values - values).max()))
     # A prompt is read with each row's prefix reaching into the same call.
     read = model.step(chain(0, PAST, ids[PAST:]))
     alone = model.step(_taken(branches["chain"], range(most))).copy() if most > 1 else read
@@ -71,6 +77,10 @@ def examine(model: StepModel, counts: Sequence[int] = COUNTS, seed: int = 0) -> 
         differing.append(f"prompt {most}")
         largest = max(largest, float(np.abs(read - alone).max()))
     return Verdict(NEAR_TIE if differing else EXACT, counts, tuple(differing), largest)
+
+
+def _copied(found: Largest) -> tuple[np.ndarray, np.ndarray]:
+    return found.values.copy(), found.ids.copy()
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

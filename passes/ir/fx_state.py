@@ -31,7 +31,7 @@ class FxState(FxView):
 
     @property
     def output_names(self) -> list[str]:
-        return self._output_names or super().output_names
+        return [*self._output_names, *self.extra_outputs] if self._output_names else super().output_names
 
     # ---- running a part ------------------------------------------------------------------------------
     def evaluate(self, values: Sequence[Value], feeds: Mapping[Value, np.ndarray]) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 from elision.passes import testing
 from elision.passes.errors import PipelineError, Refused
 from elision.passes.head import Head
+from elision.passes.keep_rows import KeepRows
 from onnx import TensorProto, helper, numpy_helper
 
 
@@ -89,3 +90,22 @@ def test_options() -> None:
         Head(k=0)
     with pytest.raises(PipelineError, match="output must be at least 0"):
         Head(output=-1)
+
+
+@pytest.mark.parametrize("keep", [[6], [0, 3]])
+def test_beside_the_logits(keep: list[int]) -> None:
+    """With keep-rows before and after: the largest of the kept rows, all logits of those that are asked for."""
+    x = torch.randn(1, 7, 16)
+    graph = testing.capture(Tail().eval(), (x,), dynamic_shapes=({1: torch.export.Dim.AUTO},))
+    logits, twice = testing.run(graph, (x,))
+    passes = [KeepRows(), Head(k=3, beside=True), KeepRows(name="ask")]
+    made = testing.report(graph, passes).graph
+    assert made.input_names[-2:] == ["keep", "ask"]
+    assert made.output_names[-2:] == ["values", "indices"]
+    for ask in ([], [0], list(range(len(keep)))):
+        some, same, values, indices = testing.run(made, (x, torch.tensor(keep), torch.tensor(ask).long()))
+        want, order = largest(logits[:, keep], 3)
+        np.testing.assert_allclose(values, want, atol=1e-5)
+        np.testing.assert_array_equal(indices, order)
+        np.testing.assert_allclose(some, logits[:, keep][:, ask], atol=1e-5)
+        np.testing.assert_array_equal(same, twice)

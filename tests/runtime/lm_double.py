@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from elision.passes.errors import ElisionError
-from elision.runtime.lm_step import Rows
+from elision.runtime.lm_step import Largest, Rows, largest_of
 
 
 class Recompute:
@@ -17,6 +17,7 @@ class Recompute:
     def __init__(self, model: Any, capacity: int = 64) -> None:
         self.model, self.capacity = model.eval(), capacity
         self.vocabulary = int(model.config.vocab_size)
+        self.largest_k = 4
         self.slots = np.full(capacity, -1)
         self.calls: list[int] = []
 
@@ -35,6 +36,12 @@ class Recompute:
             assert (ids >= 0).all(), "a row sees a slot that nobody wrote"
             scores.append(self.model(torch.from_numpy(ids)[None]).logits[0, -1].numpy())
         return np.stack(scores)
+
+    def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
+        return largest_of(self.step(rows, keep), self.largest_k)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        self.slots[target] = self.slots[source]
 
     def begin(self, inputs: dict[str, Any]) -> None:
         raise ElisionError("no encoder")

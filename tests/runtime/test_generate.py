@@ -11,7 +11,7 @@ from elision.passes.errors import ElisionError, ModelFileError
 from elision.runtime.generate import Generator
 from elision.runtime.generate_sampling import Sampler, Sampling, adjusted, distribution, from_model
 from elision.runtime.lm_facts import Facts, facts_from, facts_of_module
-from elision.runtime.lm_step import Slots, chain, joined, tree
+from elision.runtime.lm_step import Slots, chain, joined, prompt_chunks, tree
 from elision.runtime.lm_text import Stream, Text
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,14 +105,12 @@ def test_nothing_asked_for(generator):
     assert result.token_ids == [] and result.finish == "length" and result.tokens_per_second is None
 
 
-def test_long_prompts_are_read_in_chunks(llama, monkeypatch):
-    import elision.runtime.generate_loop as loop
-
+def test_long_prompts_are_read_in_chunks(llama):
     model = Recompute(llama)
     ids = [3 + (7 * i) % 90 for i in range(23)]
-    whole = loop.read_prompt(model, 2, ids).copy()
+    (whole,) = [model.step(rows, [len(rows) - 1]).copy() for rows in prompt_chunks(2, ids)]
     assert model.calls == [23]
-    again = loop.read_prompt(model, 30, ids, chunk=5)
+    *_, again = [model.step(rows, [len(rows) - 1]) for rows in prompt_chunks(30, ids, chunk=5)]
     assert model.calls[1:] == [5, 5, 5, 5, 3]
     assert np.array_equal(whole, again)
 

@@ -126,12 +126,18 @@ void product(const Kernel& kernel, OrtKernelContext* context, size_t bias, size_
   elision_linear_args args{};
   args.x = x.data, args.dtype = x.dtype, args.width = x.dims[x.rank - 1], args.rows = 1;
   for (size_t a = 0; a + 1 < x.rank; ++a) args.rows = times(args.rows, x.dims[a]);
+  int64_t dims[MOST_RANK];
+  memcpy(dims, x.dims, sizeof dims);
+  if (args.rows == 0 && norm == 0) {  // a weight that no row has asked for yet need not be packed
+    const Tensor weight = kernel.input(context, WEIGHT);
+    dims[x.rank - 1] = weight.dims[0];
+    kernel.output(context, 0, dims, x.rank);
+    return;
+  }
   Weight own_call;
   const Weight& weight = weight_of(kernel, context, args.width, &own_call);
   args.packed = weight.packed, args.packed_bytes = weight.size, args.channels = weight.channels;
   args.bias = vector(kernel, context, bias, args.channels);
-  int64_t dims[MOST_RANK];
-  memcpy(dims, x.dims, sizeof dims);
   if (norm == 0) {
     dims[x.rank - 1] = args.channels;
     args.out = kernel.output(context, 0, dims, x.rank);
