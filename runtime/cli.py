@@ -1,4 +1,5 @@
-"""The command line: explain, optimize, diff, bench, generate, passes, reproduce, doctor, export-mlir, tune-kernels."""
+"""The command line: explain, optimize, diff, bench, generate, bench-verify, passes, reproduce, doctor, export-mlir,
+tune-kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench_verify_command import bench_verify
 from .generate_command import generate
 from .shell import BAD_INPUT, Shell, counting, keep_reproducer, out, print_json, read_arrays, working
 
@@ -303,6 +305,7 @@ def tune_kernels(
 
 
 app.command()(generate)
+app.command("bench-verify")(bench_verify)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -113,27 +113,22 @@ class Generator:
         **compile_options: Any,
     ) -> None:
         from .lm_open import open_model
-        from .speculate import build, check_drafting
+        from .speculate import Asked, build, check_drafting
 
         if batch < 1:
             raise ElisionError(f"a batch has 1 sequence or more, not {batch}")
         check_drafting(drafter, draft_model, mode)
-        opened = open_model(
-            model,
-            tokenizer=tokenizer,
-            bits=bits,
-            runtime=runtime,
-            context=context,
-            cache=cache,
-            threads=threads,
-            notify=notify or (lambda _step: None),
-            **compile_options,
-        )
+
+        def reopen(other: Any, **changes: Any) -> Any:
+            mine = {"tokenizer": tokenizer, "bits": bits, "context": context} | compile_options | changes
+            which, options = (model, mine) if other is None else (other, {})
+            return open_model(which, runtime=runtime, cache=cache, threads=threads, notify=tell, **options)
+
+        tell = notify or (lambda _step: None)
+        opened = reopen(None)
         self._set(opened.model, opened.facts, opened.tokenizer, opened.settings, batch)
-        self.speculation = build(
-            opened, drafter, draft_model=draft_model, tree=tree, mode=mode, guard=guard, threads=threads,
-            cache=cache, notify=notify or (lambda _step: None),
-        )  # fmt: skip
+        asked = Asked(drafter, draft_model, tree, mode, guard, threads, tell, reopen)
+        self.speculation = build(opened, asked)
 
     @classmethod
     def around(

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..passes.errors import ElisionError
+from .files import check_target
 from .shell import working
 
 BITS = (4, 8, 16, 32)
@@ -28,6 +29,7 @@ class Asked:
     max_new_tokens: int
     how: dict[str, Any]
     json: bool
+    report: Path | None = None
 
 
 def generate(
@@ -74,10 +76,26 @@ def generate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=512, help="Prompts that take a step together.")] = 8,
     threads: Annotated[int, typer.Option(min=0, max=4096, help="Threads; 0: the runtime chooses.")] = 0,
+    drafter: Annotated[
+        str, typer.Option(help="none, auto, ngram, recycling, model, self or hierarchical.")
+    ] = "none",
+    draft_model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_PACKAGE", help="For the drafters model and hierarchical."),
+    ] = None,
+    tree: Annotated[
+        str, typer.Option(help="Shape of draft trees: marginal, fixed, beam or dyspec.")
+    ] = "marginal",
+    mode: Annotated[
+        str, typer.Option(help="exact: plain decoding's tokens; sampling: tokens of the same distribution.")
+    ] = "exact",
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page about how the text was drafted.")
+    ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew and keep nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each prompt.")] = False,
 ) -> None:
-    """Write text with a causal language model: greedy, or sampled with a temperature."""
+    """Write text with a causal language model: greedy, or sampled with a temperature; with a drafter, sooner."""
     if bits is not None and bits not in BITS:
         raise ElisionError(f"--bits is {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, not {bits}")
     if runtime not in RUNTIMES:
@@ -96,14 +114,23 @@ def generate(
         "eos": () if ignore_eos else None,
     }
     _check_sampling(how)
-    asked = Asked(_read(prompt, prompts), prompts is None, max_new_tokens, how, json)
-    _offline()
+    from .speculate import check_drafting, check_tree
+
+    check_drafting(drafter, draft_model, mode)
+    check_tree(tree)
+    if report is not None:
+        if prompts is not None or drafter == "none":
+            raise ElisionError("--report takes one --prompt and a --drafter")
+        check_target(report)
+        how["trace"] = True
+    asked = Asked(_read(prompt, prompts), prompts is None, max_new_tokens, how, json, report)
+    offline()
     from .generate import Generator
 
     with working("reading the model", silent=json) as tell:
         generator = Generator(
             model, bits=bits, runtime=runtime, context=context, batch=batch, cache=not no_cache,
-            threads=threads, notify=tell,
+            threads=threads, drafter=drafter, draft_model=draft_model, tree=tree, mode=mode, notify=tell,
         )  # fmt: skip
     write(generator, asked)
 
@@ -116,7 +143,7 @@ def _check_sampling(how: dict[str, Any]) -> None:
     Sampling(**{name: how[name] for name in names if how[name] is not None})
 
 
-def _offline() -> None:
+def offline() -> None:
     """What we load is on the disk; libraries below must not look elsewhere, nor draw bars of their own."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -162,30 +189,40 @@ def write(generator: Any, asked: Asked) -> None:
     if asked.json:
         for result in _in_order(generator, asked):
             print(json.dumps(result.to_json(), ensure_ascii=False), flush=True)
+            _page(generator, asked, result)
         return
     if asked.single:
-        _stream(generator, asked)
+        _page(generator, asked, _stream(generator, asked))
         return
     for number, result in enumerate(_in_order(generator, asked), 1):
         print(f"--- {number}\n{result.text}", flush=True)
 
 
-def _stream(generator: Any, asked: Asked) -> None:
+def _page(generator: Any, asked: Asked, result: Any) -> None:
+    if asked.report is not None:
+        from .generation_report import write_generation_report
+
+        write_generation_report(asked.report, generator, result, asked.prompts[0])
+
+
+def _stream(generator: Any, asked: Asked) -> Any:
+    """The Generation, its text printed while it came."""
     if generator.text is None:
         (result,) = _in_order(generator, asked)
         print(*result.token_ids)
-        return
+        return result
     pieces = generator.stream(asked.prompts[0], asked.max_new_tokens, **asked.how)
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
     finally:
         print(flush=True)
+    result = pieces.result
     if sys.stderr.isatty():
-        result = pieces.result
         speed = f", {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
         first = f"first token after {result.prefill_seconds:.2f} s"
         print(f"[{result.prompt_tokens} + {result.new_tokens} tokens, {first}{speed}]", file=sys.stderr)
+    return result
 
 
 def _in_order(generator: Any, asked: Asked) -> Iterator[Any]:

@@ -55,6 +55,7 @@ class Running:
     held: int = 0  # how many they are
     draft: SequenceDraft | None = None
     spent: Spent = field(default_factory=Spent)
+    unsaid: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     begun: float = 0.0
     first: float = 0.0
@@ -88,7 +89,7 @@ def decode(
                 _begin(model, one, chunk, speculation)
                 active.append(one)
                 if one.new:
-                    yield one, one.pieces.pop()
+                    yield one, _said(one)
             for one in [item for item in active if item.finish]:
                 slots.give_back(one.start)
                 _close(one)
@@ -96,12 +97,16 @@ def decode(
             if active:
                 _round(model, active, speculation)
                 for one in active:
-                    for piece in one.pieces:
-                        yield one, piece
-                    one.pieces.clear()
+                    yield one, _said(one)
     finally:
         for one in active:
             _close(one)
+
+
+def _said(one: Running) -> str:
+    text = "".join(one.pieces)
+    one.pieces.clear()
+    return text
 
 
 def _admit(one: Running, slots: Slots, drafting: bool) -> bool:
@@ -131,6 +136,7 @@ def _begin(model: StepModel, one: Running, chunk: int, speculation: Speculation 
     else:
         token = one.sampler.choose(model.step(rows, last)[0], one.prompt, 0, last=one.limit == 1)
     _commit(one, token)
+    _settle(one)
     if speculation is not None and not one.finish:
         seed = (one.sampler.how.seed, one.number)
         one.draft = speculation.begin([*one.prompt, *one.new], one.limit - len(one.new), seed)
@@ -229,26 +235,44 @@ def _verify(
         p = sampler.dense(scores[node], text, new, last=last)
         return accepted_token(p, tree, node, sampler.random)
 
-    return walk(tree, choose, lambda token: _commit(one, token))
+    found = walk(tree, choose, lambda token: _commit(one, token))
+    _settle(one)
+    return found
 
 
 def _commit(one: Running, token: int) -> bool:
-    """Takes a new id; whether the text goes on."""
+    """Takes a new id; whether the text goes on. Text is made at once only where stop strings decide."""
     one.new.append(token)
-    one.ended = time.perf_counter()
-    one.first = one.first or one.ended
     if token in one.ends:
         one.finish = "eos"
-        one.pieces.append(one.stream.finish())
-        return False
-    piece = one.stream.push(token)
-    if one.stream.stopped:
-        one.finish = "stop"
-    elif len(one.new) >= one.limit:
-        piece += one.stream.finish()
-        one.finish = "stop" if one.stream.stopped else one.cut_by
-    one.pieces.append(piece)
+    else:
+        one.unsaid.append(token)
+        if one.stream.watching:
+            _say(one)
+        if one.stream.stopped:
+            one.finish = "stop"
+        elif len(one.new) >= one.limit:
+            one.finish = one.cut_by
     return one.finish is None
+
+
+def _say(one: Running) -> None:
+    """The text of ids that gave none yet."""
+    if one.unsaid:
+        one.pieces.append(one.stream.push(*one.unsaid))
+        one.unsaid.clear()
+
+
+def _settle(one: Running) -> None:
+    """After some commits: their text, and all that was held back where this was the end."""
+    one.ended = time.perf_counter()
+    one.first = one.first or one.ended
+    _say(one)
+    if one.finish in ("eos", one.cut_by):
+        piece = one.stream.finish()
+        if one.finish != "eos" and one.stream.stopped:
+            one.finish = "stop"
+        one.pieces.append(piece)
 
 
 def _compact(model: StepModel, one: Running, path: list[int], new: int) -> None:

@@ -83,9 +83,14 @@ class Stream:
         self.text = ""
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """The text that is certain now that `token` came too; mostly one word, sometimes nothing."""
-        self._ids.append(token)
+    @property
+    def watching(self) -> bool:
+        """Whether there are stop strings: then each id must be pushed by itself, to know which one was the last."""
+        return bool(self._stops)
+
+    def push(self, *tokens: int) -> str:
+        """The text that is certain now that these ids came too; mostly a word for each, sometimes nothing."""
+        self._ids += tokens
         return self._release(self._characters(last=False), last=False)
 
     def finish(self) -> str:

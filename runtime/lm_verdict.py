@@ -61,15 +61,14 @@ def examine(model: StepModel, counts: Sequence[int] = COUNTS, seed: int = 0) -> 
         alone = np.concatenate([model.step(_taken(elsewhere, [i])).copy() for i in range(most)])
         best = [_copied(model.largest(_taken(elsewhere, [i]))) for i in range(most)]
         for count in counts:
-            among = model.step(_taken(rows, range(count)))
-            if not same_bits(among, alone[:count]):
-                differing.append(f"{name} {count}")
-                largest = max(largest, float(np.abs(among - alone[:count]).max()))
+            among = model.step(_taken(rows, range(count))).copy()
             found = model.largest(_taken(rows, range(count)))
             values, numbers = (np.concatenate(part[:count]) for part in zip(*best, strict=True))
-            if not same_bits(found.values, values) or not np.array_equal(found.ids, numbers):
-                differing.append(f"largest of {name} {count}")
-                largest = max(largest, float(np.abs(found.values - values).max()))
+            same = same_bits(found.values, values) and np.array_equal(found.ids, numbers)
+            if not (same and same_bits(among, alone[:count])):
+                differing.append(f"{name} {count}")
+                apart = np.abs(among - alone[:count]).max(), np.abs(found.values - values).max()
+                largest = max(largest, *map(float, apart))
     # A prompt is read with each row's prefix reaching into the same call.
     read = model.step(chain(0, PAST, ids[PAST:]))
     alone = model.step(_taken(branches["chain"], range(most))).copy() if most > 1 else read
