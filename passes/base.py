@@ -25,9 +25,13 @@ BUILTIN: tuple[str, ...] = (
     "quantize_rows",
     "onnx.passes",
     "incremental",
+    "key_scores",
     "lower",
     "head",
     "keep_rows",
+    "skip_layers",
+    "taps",
+    "extra_embeddings",
 )
 
 _REGISTRY: dict[str, type[Pass]] = {}

@@ -97,7 +97,7 @@ class Quantize(Pass):
             options, context, calibrated, wide=graph.host == "onnx" and options.scales == "auto"
         )
         notes = [f"{count} left: {reason}" for reason, count in found.left.items()]
-        if samples:
+        if samples and not all(chooser.kept(target) is not None for target in targets):
             try:
                 sequential = visit_targets(graph, targets, samples, chooser.visit)
             except ElisionError as error:
@@ -148,9 +148,9 @@ class _Chooser:
         known = key in self._made
         source = False
         if not known:
-            weight = np.ascontiguousarray(target.weight)
-            kept = None if self.formats is None or bits > 8 else self.formats.lookup(weight)
+            kept = self.kept(target)
             source = kept is not None
+            weight = np.ascontiguousarray(target.weight)
             made = kept if kept is not None else self._rounded(weight, bits, target, inputs)
             self._made[key] = widened(made) if self.wide and isinstance(made, Quantized) else made
         result = self.chosen[target] = self._made[key]
@@ -158,6 +158,12 @@ class _Chooser:
             self.tokens = max(self.tokens, inputs.count)
         values = target.weight if source else self._values(result)
         self.report.add(target, result, values, inputs, source=source, shared=known)
+
+    def kept(self, target: Target) -> Quantized | None:
+        """The target's form in the file it came from, where that is asked for: no sample changes it."""
+        if self.formats is None or self.options.bits_of(target.role) > 8:
+            return None
+        return self.formats.lookup(np.ascontiguousarray(target.weight))
 
     def _rounded(
         self, weight: np.ndarray, bits: int, target: Target, inputs: Inputs | None

@@ -81,9 +81,16 @@ class Tree:
             node = self.parents[node]
         return tokens[::-1]
 
+    def confirmed(self, path: Sequence[int], new: Sequence[int]) -> list[int]:
+        """The nodes whose tokens were committed: the accepted ones, and a child of the last of them that holds the
+        token with which the text ended."""
+        last = self.child(path[-1], new[-1])
+        return [*path] if last is None else [*path, last]
+
     def cut(self, count: int, depth: int) -> Tree:
         """The first `count` nodes, none deeper than `depth`: a tree again, since parents come first."""
-        if count >= len(self) and (len(self) == 1 or max(self.depths) <= depth):
+        whole = count > len(self) or (count == len(self) and self.kind is not Proposal.INDEPENDENT)
+        if whole and (len(self) == 1 or max(self.depths) <= depth):
             return self
         made, place = Tree.of(self.tokens[0], self.kind), {0: 0}
         for node in range(1, len(self)):
@@ -100,13 +107,17 @@ class Tree:
                 node: (q, [t for t in order if made.child(node, t) is not None])
                 for node, (q, order) in made.draws.items()
             }
+        node = made.parents[-1]
+        if self.kind is Proposal.INDEPENDENT and len(made) >= count and node in made.draws:
+            # Later draws are still there only where they equal earlier ones, which testing must not depend on.
+            q, order = made.draws[node]
+            made.draws[node] = (q, order[: order.index(made.tokens[-1]) + 1])
         return made
 
     def heavy_first(self) -> Tree:
         """The same tree, numbered depth first, the likeliest child first: when its likeliest path is accepted, the
         rows of the cache that hold it lie where they belong."""
-        made, stack, place = Tree.of(self.tokens[0], self.kind), [], {0: 0}
-        stack = self._by_value(0)
+        made, stack, place = Tree.of(self.tokens[0], self.kind), self._by_value(0), {0: 0}
         while stack:
             node = stack.pop()
             place[node] = made.add(
@@ -118,7 +129,8 @@ class Tree:
         return made
 
     def _by_value(self, node: int) -> list[int]:
-        return sorted(self._children[node].values(), key=lambda child: self.values[child])
+        """The likeliest last, of equals the first."""
+        return sorted(self._children[node].values(), key=lambda child: -self.values[child])[::-1]
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -72,7 +72,7 @@ class Automaton:
         state, matched = place
         while state and token not in self.moves[state]:
             state = self._link[state]
-            matched = self._length[state]
+            matched = min(matched, self._length[state])  # the place may be older than what was fed
         there = self.moves[state].get(token)
         return (0, 0) if there is None else (there, matched + 1)
 
@@ -97,7 +97,8 @@ class Ngram:
     def keep(self, text: Sequence[int]) -> None:
         if not self._remember:
             return
-        if len(self.text) + len(text) > REMEMBERED:
+        text = text[-REMEMBERED + 1 :]
+        if len(self.text) + len(text) >= REMEMBERED:
             self.earlier, self.text = Automaton(), []
         for token in (*text, -1):  # no text goes on in another one
             self.earlier.feed(token)
@@ -152,7 +153,7 @@ class NgramDraft:
         level, several = min(matched, len(_PRIORS) - 1), min(len(tokens), 2)
         first = _PRIORS[level] if several == 1 else 0.6 * _PRIORS[level]
         return [
-            Guess(token, ("ngram", level, several, rank), first if rank == 0 else 0.15, "ngram")
+            Guess(token, ("ngram", level, several, rank), first if rank == 0 else min(first, 0.15), "ngram")
             for rank, token in enumerate(tokens)
             if token >= 0
         ]

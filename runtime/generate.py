@@ -17,6 +17,8 @@ from typing import Any
 from ..passes.errors import ElisionError
 from .generate_loop import Running, decode
 from .generate_sampling import Sampler, Sampling, from_model
+from .h2o import H2O
+from .h2o_model import forgetting
 from .lm_facts import Facts
 from .lm_step import StepModel
 from .lm_text import Stream, Text, check_ids
@@ -88,6 +90,7 @@ class Generator:
     `drafters.Drafter`; tree: "marginal", "fixed", "beam" or "dyspec", or a `tree_policy.Policy`; mode: "exact" commits
     the tokens of plain decoding, "sampling" tokens of the same distribution. guard: stop drafting where it does not
     pay.
+    h2o: an `elision.runtime.h2o.H2O`: the cache keeps so many keys of a sequence, and the text is another one.
 
     `settings` says what was compiled, with the verdict of the bit test in "exactness": "exact" where a row alone and
     the same row among others give the same bits, else "near-tie". Raises ElisionError, one line, for what cannot be
@@ -109,6 +112,7 @@ class Generator:
         tree: Any = "marginal",
         mode: str = EXACT,
         guard: bool = True,
+        h2o: H2O | None = None,
         notify: Callable[[str], None] | None = None,
         **compile_options: Any,
     ) -> None:
@@ -125,8 +129,9 @@ class Generator:
             return open_model(which, runtime=runtime, cache=cache, threads=threads, notify=tell, **options)
 
         tell = notify or (lambda _step: None)
-        opened = reopen(None)
-        self._set(opened.model, opened.facts, opened.tokenizer, opened.settings, batch)
+        opened = reopen(None) if h2o is None else reopen(None, key_scores=True)
+        running, settings = (opened.model, opened.settings) if h2o is None else forgetting(opened, h2o)
+        self._set(running, opened.facts, opened.tokenizer, settings, batch)
         asked = Asked(drafter, draft_model, tree, mode, guard, threads, tell, reopen)
         self.speculation = build(opened, asked)
 

@@ -92,6 +92,12 @@ def generate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a page about how the text was drafted.")
     ] = None,
+    cache_size: Annotated[
+        int | None,
+        typer.Option(
+            "--cache-size", metavar="N", min=6, help="Keys a sequence may keep; the rest is forgotten (H2O)."
+        ),
+    ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew and keep nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each prompt.")] = False,
 ) -> None:
@@ -126,11 +132,13 @@ def generate(
     asked = Asked(_read(prompt, prompts), prompts is None, max_new_tokens, how, json, report)
     offline()
     from .generate import Generator
+    from .h2o import H2O
 
     with working("reading the model", silent=json) as tell:
         generator = Generator(
             model, bits=bits, runtime=runtime, context=context, batch=batch, cache=not no_cache,
-            threads=threads, drafter=drafter, draft_model=draft_model, tree=tree, mode=mode, notify=tell,
+            threads=threads, drafter=drafter, draft_model=draft_model, tree=tree, mode=mode,
+            h2o=None if cache_size is None else H2O(cache_size), notify=tell,
         )  # fmt: skip
     write(generator, asked)
 

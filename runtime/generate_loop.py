@@ -26,6 +26,7 @@ from .lm_step import (
     joined,
     largest_of,
     prompt_chunks,
+    slots_of,
     tree_rows,
 )
 from .lm_text import Stream
@@ -81,10 +82,11 @@ def decode(
 ) -> Iterator[tuple[Running, str]]:
     """Runs all sequences; yields (sequence, piece of text) whenever one has new ids, and once more at its end if text
     had been held back. Every sequence fits the cache when it is alone: whoever made them has checked that."""
-    waiting, active, slots = deque(sequences), [], Slots(model.capacity)
+    waiting, active, slots = deque(sequences), [], slots_of(model)
+    spare = 0 if speculation is None else _headroom(sequences, batch, slots.total)
     try:
         while waiting or active:
-            while waiting and len(active) < batch and _admit(waiting[0], slots, speculation is not None):
+            while waiting and len(active) < batch and _admit(waiting[0], slots, spare):
                 one = waiting.popleft()
                 _begin(model, one, chunk, speculation)
                 active.append(one)
@@ -109,10 +111,15 @@ def _said(one: Running) -> str:
     return text
 
 
-def _admit(one: Running, slots: Slots, drafting: bool) -> bool:
+def _headroom(sequences: Sequence[Running], batch: int, total: int) -> int:
+    """How many slots besides its own each sequence can have, so that as many run together as without any."""
+    longest = sorted((one.slots for one in sequences), reverse=True)[:batch]
+    return max(0, min(HEADROOM, (total - sum(longest)) // max(1, len(longest))))
+
+
+def _admit(one: Running, slots: Slots, spare: int) -> bool:
     """Gives a sequence its slots, with room for a tree where that can be had."""
-    wanted = min(one.slots + HEADROOM, slots.total) if drafting else one.slots
-    for held in dict.fromkeys((wanted, one.slots)):
+    for held in dict.fromkeys((one.slots + spare, one.slots)):
         start = slots.take(held)
         if start is not None:
             one.start, one.held = start, held
@@ -161,6 +168,7 @@ def _round(model: StepModel, active: list[Running], speculation: Speculation | N
     else:
         scores = model.step(rows)
         found = None
+    hidden = None if found is None else found.hidden
     done = time.perf_counter()
     places = np.cumsum([0, *map(len, trees)]).tolist()
     learning = any(one.draft is not None for one in active)
@@ -174,11 +182,15 @@ def _round(model: StepModel, active: list[Running], speculation: Speculation | N
         seen.append((path, new, part))
     verified = time.perf_counter()
     count = places[-1]
-    for one, tree, (path, new, part) in zip(active, trees, seen):
+    for one, tree, (path, new, part), low, high in zip(active, trees, seen, places, places[1:]):
         share, spent = len(tree) / count, one.spent
         learned = time.perf_counter()
         if one.draft is not None and part is not None:
-            one.draft.observe(Verified(tree, part.ids, path, new), (verified - begun) * share)
+            drafting = (drafted - begun) * share
+            states = None if hidden is None else hidden[low:high]
+            one.draft.observe(
+                Verified(tree, part.ids, path, new, states), (verified - begun) * share, drafting
+            )
         spent.rounds, spent.rows, spent.tokens = (
             spent.rounds + 1,
             spent.rows + len(tree),
@@ -188,7 +200,7 @@ def _round(model: StepModel, active: list[Running], speculation: Speculation | N
         spent.verify += (done - ready) * share
         spent.rest += (ready - drafted + verified - done) * share
         if len(tree) > 1:
-            for node in path[1:]:
+            for node in tree.confirmed(path, new)[1:]:
                 origin = tree.origins[node]
                 spent.origins[origin] = spent.origins.get(origin, 0) + 1
         if spent.trace is not None:

@@ -31,7 +31,9 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True)
 class Wanted:
     """What a user can say about compilation. bits: None keeps the formats of a quantized file, or float32. group,
-    method, head_bits: as in the pass `quantize`."""
+    method, head_bits: as in the pass `quantize`. key_scores: with the outputs of the pass `key-scores`.
+    skip: the part of its layers that is left out (pass `skip-layers`). taps: hidden states that are put out (pass
+    `taps`: "last", or numbers of layers), "" for none."""
 
     bits: int | None = None
     runtime: str = "onnxruntime"
@@ -39,6 +41,9 @@ class Wanted:
     group: int = 32
     method: str = "auto"
     head_bits: int | None = None
+    key_scores: bool = False
+    skip: float = 0.0
+    taps: str = ""
 
     def __post_init__(self) -> None:
         """Raises ElisionError for values that mean nothing."""
@@ -48,6 +53,8 @@ class Wanted:
             raise ElisionError(f"runtime is onnxruntime or torch, not {self.runtime!r}")
         if self.context is not None and self.context < 2:
             raise ElisionError(f"a context has 2 positions or more, not {self.context}")
+        if not 0 <= self.skip < 1:
+            raise ElisionError(f"the part of layers to skip is at least 0 and less than 1, not {self.skip}")
 
     def capacity(self, facts: Facts) -> int:
         """Slots of the cache. Raises ElisionError for more positions than the model has."""
@@ -168,12 +175,14 @@ def run(graph: Graph, passes: list[Pass], context: PassContext, tell: Tell) -> A
 def pipeline(wanted: Wanted, capacity: int, formats: Formats) -> list[Pass]:
     """What comes before the head and lowering. Weights are rounded in the plain graph, which sample texts run through
     as they are."""
-    text = []
+    text = [f"skip-layers{{share={wanted.skip}}}"] if wanted.skip else []
     bits = wanted.bits if wanted.bits is not None else 8 if formats.counts else 32
     if bits != 32:
         head = "" if wanted.head_bits is None else f" head_bits={wanted.head_bits}"
         text.append(f"quantize{{bits={bits} group={wanted.group} method={wanted.method}{head}}}")
-    text += [f"incremental{{capacity={capacity}}}", "keep-rows", "fix-rows"]
+    text += [f"incremental{{capacity={capacity}}}", *(["key-scores"] if wanted.key_scores else [])]
+    text += [f"taps{{where={wanted.taps}}}"] if wanted.taps else []
+    text += ["keep-rows", "fix-rows"]
     return parse(",".join(text))
 
 

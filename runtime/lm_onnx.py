@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from ..passes.errors import ElisionError, ModelFileError
 from .inputs import first_line
 from .lm_caches import Caches
-from .lm_step import LARGEST, Largest, Rows, largest_of, named_inputs
+from .lm_step import LARGEST, Largest, Rows, beside, is_tap, largest_of, named_inputs
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -46,7 +47,8 @@ class OnnxSteps:
             self._bind_output(f"{name}.out", self._caches.views[name])
         self._ranks = "ask" in self._inputs and "indices" in made
         known = {self._scores, *(f"{name}.out" for name in caches)}
-        for extra in set(made) - known - ({"values", "indices"} if self._ranks else set()):
+        self._taps = {name: int(made[name].shape[-1]) for name in made if is_tap(name)}
+        for extra in set(made) - known - set(self._taps) - ({"values", "indices"} if self._ranks else set()):
             self._binding.bind_output(extra, "cpu")
         self.capacity = int(self._inputs[caches[0]].shape[1])
         self.vocabulary = vocabulary
@@ -70,9 +72,11 @@ class OnnxSteps:
 
     def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
         if not self._ranks:
-            return largest_of(self.step(rows, keep), self.largest_k)
+            found = largest_of(self.step(rows, keep), self.largest_k)
+            return replace(found, hidden=beside([self._outputs[name][0] for name in self._taps]))
         self._run(rows, np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64), 0)
-        return Largest(self._outputs["values"][0], self._outputs["indices"][0])
+        hidden = beside([self._outputs[name][0] for name in self._taps])
+        return Largest(self._outputs["values"][0], self._outputs["indices"][0], hidden)
 
     def _run(self, rows: Rows, keep: np.ndarray, scored: int) -> None:
         """scored: how many rows' scores are wanted whole, all that are kept or none."""
@@ -91,6 +95,8 @@ class OnnxSteps:
             if name in self._inputs:
                 self._bind(name, np.ascontiguousarray(array))
         self._output(self._scores, (1, scored, self.vocabulary), np.float32)
+        for name, width in self._taps.items():
+            self._output(name, (1, len(rows), width), np.float32)
         if self._ranks:
             self._output("values", (1, len(keep), self.largest_k), np.float32)
             self._output("indices", (1, len(keep), self.largest_k), np.int64)

@@ -114,7 +114,8 @@ def _opened(artefact: Artefact, name: str, tokenizer: Any, threads: int, notify:
     except (KeyError, TypeError) as error:
         raise ModelFileError(f"{artefact.folder}: a damaged artefact ({error})") from error
     notify("starting the runtime")
-    model = start(artefact.folder, settings["runtime"], facts.vocabulary, threads)
+    scored = bool(settings.get("key_scores"))
+    model = start(artefact.folder, settings["runtime"], facts.vocabulary, threads, scored)
     if tokenizer is None and (artefact.folder / TOKENIZER).is_dir():
         from .lm_load import tokenizer_in
 
@@ -122,19 +123,22 @@ def _opened(artefact: Artefact, name: str, tokenizer: Any, threads: int, notify:
     return Opened(model, facts, tokenizer, {"model": name, **settings})
 
 
-def start(folder: Path, runtime: str, vocabulary: int, threads: int) -> StepModel:
-    """The runner of a compiled folder. Raises ModelFileError for a damaged one."""
+def start(folder: Path, runtime: str, vocabulary: int, threads: int, scored: bool = False) -> StepModel:
+    """The runner of a compiled folder; scored: an `h2o_model.ScoredSteps`. Raises ModelFileError for a damaged one."""
     if runtime == "onnxruntime":
+        from .h2o_onnx import ScoredOnnxSteps
         from .lm_onnx import OnnxSteps
 
         prelude = folder / PRELUDE
-        return OnnxSteps(folder / STEP, vocabulary, prelude if prelude.is_file() else None, threads)
+        steps = ScoredOnnxSteps if scored else OnnxSteps
+        return steps(folder / STEP, vocabulary, prelude if prelude.is_file() else None, threads)
+    from .h2o_torch import ScoredTorchSteps
     from .lm_torch import TorchSteps
     from .lm_torch_file import load
 
     module, names = load(folder)
     inner, its = (None, {}) if not (folder / "prelude").is_dir() else load(folder / "prelude")
-    return TorchSteps(
+    return (ScoredTorchSteps if scored else TorchSteps)(
         module,
         names["inputs"],
         names["outputs"],
@@ -197,6 +201,8 @@ class _Compiler:
             settings |= {"group": wanted.group, "method": wanted.method, "samples": len(samples)}
         if formats.counts:
             settings["formats"] = formats.counts
+        if wanted.key_scores:
+            settings["key_scores"] = True
         write_properties(folder, settings)
         return {
             "facts": facts.to_json(),
@@ -231,7 +237,8 @@ class _Compiler:
     def _verdict(self, folder: Path, facts: Facts, example: dict[str, np.ndarray]) -> dict[str, Any]:
         from .lm_verdict import examine
 
-        model = start(folder, self.wanted.runtime, facts.vocabulary, self.threads)
+        wanted = self.wanted
+        model = start(folder, wanted.runtime, facts.vocabulary, self.threads, wanted.key_scores)
         if example:
             model.begin(dict(example))
         return examine(model).to_json()

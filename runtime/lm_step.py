@@ -40,10 +40,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Largest:
-    """The k largest scores of rows: values float32 [R, k], descending; ids int64 [R, k], the lowest first of equals."""
+    """The k largest scores of rows: values float32 [R, k], descending; ids int64 [R, k], the lowest first of equals.
+    hidden: float32 [M, H] of all rows, kept or not, where the step graph puts out hidden states (pass `taps`); those of
+    several places lie side by side."""
 
     values: np.ndarray
     ids: np.ndarray
+    hidden: np.ndarray | None = None
 
 
 class StepModel(Protocol):
@@ -69,6 +72,16 @@ class StepModel(Protocol):
     def begin(self, inputs: dict[str, Any]) -> None:
         """What an encoder-decoder's decoder attends to, from now on. Raises ElisionError where there is no encoder."""
         ...
+
+
+def is_tap(name: str) -> bool:
+    """Whether an output of a step graph is one of the pass `taps`."""
+    return name == "hidden" or name.startswith("hidden.")
+
+
+def beside(taps: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Hidden states [M, H] of several places as one [M, n H], None for none."""
+    return None if not taps else taps[0] if len(taps) == 1 else np.concatenate(taps, 1)
 
 
 def largest_of(scores: np.ndarray, k: int) -> Largest:
@@ -103,6 +116,12 @@ class Slots:
 
     def give_back(self, start: int) -> None:
         self._taken = [(other, size) for other, size in self._taken if other != start]
+
+
+def slots_of(model: StepModel) -> Slots:
+    """What gives sequences their slots: its `own_slots()` where a model has them, or all of its cache."""
+    own = getattr(model, "own_slots", None)
+    return Slots(model.capacity) if own is None else own()
 
 
 def chain(start: int, past: int, ids: Sequence[int]) -> Rows:

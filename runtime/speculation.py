@@ -146,12 +146,12 @@ class SequenceDraft:
             tree = tree.cut(room.rows, depth)
         return tree.heavy_first() if tree.kind is Proposal.DETERMINISTIC else tree
 
-    def observe(self, seen: Verified, seconds: float) -> None:
-        """seconds: of the whole round, drafting included."""
+    def observe(self, seen: Verified, seconds: float, drafting: float) -> None:
+        """seconds: of the whole round; drafting: what of them went into the tree."""
         if len(seen.tree) == 1:
-            self.guard.plain(seconds)
+            self.guard.plain(seconds - drafting)
         else:
-            self._shared.acceptance.verified(seen.tree, seen.path)
+            self._shared.acceptance.verified(seen.tree, seen.tree.confirmed(seen.path, seen.new))
             self.guard.speculated(len(seen.new), seconds, self._expected)
         self.draft.observe(seen)
 

@@ -88,8 +88,8 @@ class Marginal:
         while it is likely to bring more than its call costs."""
         grown = _levels(draft, root, acceptance, room, width=4, seconds=drafter.seconds(), pay=True)
         nodes = sorted(range(1, len(grown)), key=lambda n: (-grown.values[n], n))
-        spent = max(grown.depths) * drafter.seconds() if len(grown) > 1 else 0.0
-        total, rate, count = 1.0, 1.0 / room.costs[1], 0
+        spent = max(grown.depths) * drafter.seconds()  # whether anything of it is verified or not
+        total, rate, count = 1.0, 1.0 / (room.costs[1] + spent), 0
         for number, node in enumerate(nodes[: room.rows - 1], 1):
             total += grown.values[node]
             if total / (room.costs[number + 1] + spent) > rate:
@@ -99,9 +99,9 @@ class Marginal:
 
 def _may_pay(total: float, value: float, count: int, rate: float, room: Room) -> bool:
     """Whether some number of nodes no better than `value` could still raise the rate."""
-    for more in (1, 2, 4, 8, 16):
-        rows = min(count + more, room.rows)
-        if total + (rows - count) * value > rate * room.costs[rows]:
+    for rows in range(count + 1, room.rows + 1):
+        total += value
+        if total > rate * room.costs[rows]:
             return True
     return False
 
@@ -153,6 +153,8 @@ class Fixed:
         tree = Tree.of(root, drafter.kind)
         level = [(0, draft.root())]
         for width in self.widths[: room.depth]:
+            if not level or len(tree) >= room.rows:
+                break
             if drafter.kind is not Proposal.DETERMINISTIC:
                 level = _drawn(tree, drafter, draft, level, width, room)
                 continue
@@ -205,7 +207,9 @@ class DySpec:
         order = 0
         while heap and len(tree) < size:
             negative, _, node, state = heapq.heappop(heap)
-            drawn = draw(tree, node, draft.distribution([state])[0], room.random)  # type: ignore[attr-defined]
+            known = tree.draws.get(node)
+            q = draft.distribution([state])[0] if known is None else known[0]  # type: ignore[attr-defined]
+            drawn = draw(tree, node, q, room.random)
             if drawn is None:
                 continue
             token, chance = drawn

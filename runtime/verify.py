@@ -57,6 +57,8 @@ def accepted_token(p: np.ndarray, tree: Tree, node: int, random: np.random.Gener
             left = _normal(left, whole)
         return _sample(left, random)
     q, order = tree.draws.get(node, (p, []))
+    if not order:
+        return _sample(p, random)
     q = q / q.sum()
     for token in order:
         if q[token] > 0 and random.random() * q[token] < left[token]:

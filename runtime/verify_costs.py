@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..passes.errors import ElisionError
 from .files import write_text
 from .lm_step import StepModel, tree
 from .table import cache_folder, processor, version
@@ -54,7 +57,7 @@ class VerifyCosts:
 
     @staticmethod
     def from_json(data: Any) -> VerifyCosts:
-        """Raises ValueError, KeyError or TypeError for anything else than what `to_json` gave."""
+        """Raises ValueError, KeyError, TypeError or OverflowError for anything else than what `to_json` gave."""
         if data["format"] != FORMAT:
             raise ValueError("another format")
         made = VerifyCosts(
@@ -62,17 +65,19 @@ class VerifyCosts:
             tuple(map(int, data["pasts"])),
             tuple(tuple(map(float, line)) for line in data["seconds"]),
         )
-        fits = len(made.seconds) == len(made.pasts) and all(
-            len(line) == len(made.rows) for line in made.seconds
-        )
-        if (
-            not fits
-            or not made.pasts
-            or made.rows[:1] != (1,)
-            or not all(x > 0 for s in made.seconds for x in s)
-        ):
+        whole = made.rows[:1] == (1,) and made.pasts and len(made.seconds) == len(made.pasts)
+        rising = all(a < b for axis in (made.rows, made.pasts) for a, b in itertools.pairwise(axis))
+        if not whole or not rising or not all(_is_line(line, len(made.rows)) for line in made.seconds):
             raise ValueError("a damaged curve")
         return made
+
+
+def _is_line(line: Sequence[float], count: int) -> bool:
+    return (
+        len(line) == count
+        and 0 < line[0] <= line[-1] < math.inf
+        and all(a <= b for a, b in itertools.pairwise(line))
+    )
 
 
 def flat(seconds: float, most: int = 64) -> VerifyCosts:
@@ -124,11 +129,14 @@ def costs_for(
     if file is not None and not anew and file.is_file():
         try:
             return VerifyCosts.from_json(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             file.unlink(missing_ok=True)  # damaged: measured anew
     found = measure(model, notify=notify)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ElisionError(f"{file.parent}: costs cannot be kept here ({error.strerror})") from None
         write_text(file, json.dumps(found.to_json()))
     return found
 

@@ -31,7 +31,8 @@ class FxState(FxView):
 
     @property
     def output_names(self) -> list[str]:
-        return [*self._output_names, *self.extra_outputs] if self._output_names else super().output_names
+        names = self._output_names or super().output_names[: len(self.outputs) - len(self.extra_outputs)]
+        return [*names, *self.extra_outputs]
 
     # ---- running a part ------------------------------------------------------------------------------
     def evaluate(self, values: Sequence[Value], feeds: Mapping[Value, np.ndarray]) -> list[np.ndarray]:

@@ -308,6 +308,7 @@ def _steps() -> list[Case]:
     return [
         *(Case("cached_attention", step.label, step.make, step.attrs or {}) for step in STEPS),
         *(Case("joined_cached_attention", case.label, case.make, case.all_attrs) for case in JOINED),
+        *(Case("key_scores", step.label, step.make_scored, step.attrs or {}) for step in STEPS if step.plain),
     ]
 
 

@@ -34,6 +34,16 @@ class Step:
         )
         return [*found, torch.randn(*self.bias)] if self.bias else found
 
+    @property
+    def plain(self) -> bool:
+        """Whether `key_scores` has all attributes of it."""
+        return self.bias is None and not (self.attrs or {}).get("window")
+
+    def make_scored(self) -> list[Tensor | None]:
+        """The operands of `key_scores`."""
+        q, _, _, keys, _, _, prefix, ancestors = self.make()
+        return [q, keys, prefix, ancestors]
+
 
 def _all() -> list[Step]:
     forest = steps.trees(CAPACITY, [(9, 6), (4, 5), (0, 3)], padding=2)
