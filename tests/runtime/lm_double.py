@@ -47,7 +47,7 @@ class Recompute:
         raise ElisionError("no encoder")
 
 
-def tiny_llama(vocabulary: int = 120, positions: int = 64, seed: int = 0) -> Any:
+def tiny_llama(vocabulary: int = 120, positions: int = 64, seed: int = 0, layers: int = 2) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -55,7 +55,7 @@ def tiny_llama(vocabulary: int = 120, positions: int = 64, seed: int = 0) -> Any
         vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=positions,

@@ -11,6 +11,7 @@ from elision.passes.errors import ElisionError
 from elision.passes.onnx import io
 from elision.runtime.bench_verify_command import describe
 from elision.runtime.cli import app
+from elision.runtime.drafter_heads import Heads
 from elision.runtime.lm_compile import plain_graph
 from elision.runtime.verify_costs import VerifyCosts
 from typer.testing import CliRunner
@@ -79,6 +80,39 @@ def test_the_text_is_that_of_plain_decoding(folder, draft_folder, plain, drafter
     told = again[0].to_json()["speculation"]
     assert told["rows_verified"] >= told["verifications"] > 0
     assert told["mode"] == "exact" and told["tree"] == tree
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_heads_on_hidden_states(folder, plain, runtime):
+    """The model's own head as every head: it then guesses the token that was just committed, again."""
+    if plain[0] != runtime:
+        pytest.skip("the other runtime's turn")
+    model = tiny_llama(vocabulary=260, positions=128, seed=0)
+    weight = model.lm_head.weight.detach().numpy()
+    drafter = Heads([(weight, None), (weight[::-1].copy(), None)], vocabulary=260)
+    options = {"runtime": runtime, "context": 96, "guard": False, "tree": "fixed"}
+    generator = elision.Generator(folder, drafter=drafter, taps="last", **options)
+    found = generator.generate(PROMPTS, NEW, eos=[])
+    assert [one.token_ids for one in found] == plain[1]
+    assert all(one.speculation["rows_verified"] > one.speculation["verifications"] for one in found)
+    without = elision.Generator(folder, drafter=Heads([(weight, None)]), **options)
+    told = without.generate(PROMPTS, NEW, eos=[])  # no hidden states: nothing is guessed
+    assert all(one.speculation["rows_verified"] == one.speculation["verifications"] for one in told)
+
+
+def test_a_model_of_four_bits_drafts_for_itself_with_fewer_layers(folder, tmp_path):
+    with pytest.raises(ElisionError, match="keeps the first and the last layer, and the graph has 2"):
+        elision.Generator(folder, bits=4, context=96, method="rtn", drafter="self")
+    tiny_llama(vocabulary=260, positions=128, layers=4).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    folder = tmp_path
+    options = {"bits": 4, "context": 96, "method": "rtn"}
+    target = elision.Generator(folder, **options).generate(PROMPTS, NEW, eos=[])
+    told: list[str] = []
+    generator = elision.Generator(folder, drafter="self", guard=False, notify=told.append, **options)
+    assert any("skip-layers" in step for step in told)
+    found = generator.generate(PROMPTS, NEW, eos=[])
+    assert [one.token_ids for one in found] == [one.token_ids for one in target]
 
 
 def test_an_onnx_file_is_a_model_too(folder, tmp_path):
