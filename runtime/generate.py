@@ -176,6 +176,8 @@ class Generator:
         Raises ElisionError for a prompt or option that the model cannot take."""
         prompts, single = _prompts(prompt)
         sequences, settings = self._prepare(prompts, max_new_tokens, options)
+        for one in sequences:
+            one.quiet = True
         for _ in decode(self.model, sequences, self.batch, speculation=self.speculation):
             pass
         results = [self._generation(one, settings) for one in sequences]

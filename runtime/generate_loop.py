@@ -41,7 +41,8 @@ HEADROOM = 63
 class Running:
     """One sequence. limit: new ids at most; ends: ids that end it (they are kept in `new`, and give no text).
 
-    finish: "eos", "stop" (a stop string), "length" (max_new_tokens) or "context" (no position is left)."""
+    quiet: nobody reads along, so that text is made at the end. finish: "eos", "stop" (a stop string), "length"
+    (max_new_tokens) or "context" (no position is left)."""
 
     prompt: list[int]
     limit: int
@@ -50,6 +51,7 @@ class Running:
     ends: frozenset[int] = frozenset()
     number: int = 0
     cut_by: str = "length"  # what `limit` was set by
+    quiet: bool = False
     new: list[int] = field(default_factory=list)
     finish: str | None = None
     start: int = -1  # the first of its slots
@@ -279,7 +281,8 @@ def _settle(one: Running) -> None:
     """After some commits: their text, and all that was held back where this was the end."""
     one.ended = time.perf_counter()
     one.first = one.first or one.ended
-    _say(one)
+    if not one.quiet or one.finish:
+        _say(one)
     if one.finish in ("eos", one.cut_by):
         piece = one.stream.finish()
         if one.finish != "eos" and one.stream.stopped:
