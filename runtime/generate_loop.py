@@ -170,7 +170,7 @@ def _round(model: StepModel, active: list[Running], speculation: Speculation | N
     else:
         scores = model.step(rows)
         found = None
-    hidden = None if found is None else found.hidden
+    hidden = getattr(model, "hidden", None) if found is None else found.hidden
     done = time.perf_counter()
     places = np.cumsum([0, *map(len, trees)]).tolist()
     learning = any(one.draft is not None for one in active)

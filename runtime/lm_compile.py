@@ -181,7 +181,7 @@ def pipeline(wanted: Wanted, capacity: int, formats: Formats) -> list[Pass]:
         head = "" if wanted.head_bits is None else f" head_bits={wanted.head_bits}"
         text.append(f"quantize{{bits={bits} group={wanted.group} method={wanted.method}{head}}}")
     text += [f"incremental{{capacity={capacity}}}", *(["key-scores"] if wanted.key_scores else [])]
-    text += [f"taps{{where={wanted.taps}}}"] if wanted.taps else []
+    text += [f'taps{{where="{wanted.taps}"}}'] if wanted.taps else []
     text += ["keep-rows", "fix-rows"]
     return parse(",".join(text))
 

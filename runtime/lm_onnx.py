@@ -73,10 +73,15 @@ class OnnxSteps:
     def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
         if not self._ranks:
             found = largest_of(self.step(rows, keep), self.largest_k)
-            return replace(found, hidden=beside([self._outputs[name][0] for name in self._taps]))
+            return replace(found, hidden=self.hidden)
         self._run(rows, np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64), 0)
-        hidden = beside([self._outputs[name][0] for name in self._taps])
+        hidden = self.hidden
         return Largest(self._outputs["values"][0], self._outputs["indices"][0], hidden)
+
+    @property
+    def hidden(self) -> np.ndarray | None:
+        """Hidden states [M, H] of the last call, where the step graph puts them out."""
+        return beside([self._outputs[name][0] for name in self._taps if name in self._outputs])
 
     def _run(self, rows: Rows, keep: np.ndarray, scored: int) -> None:
         """scored: how many rows' scores are wanted whole, all that are kept or none."""

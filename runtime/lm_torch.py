@@ -42,7 +42,7 @@ class TorchSteps:
         self._caches = {f"{name}.out": name for name in caches}
         self._ranks = "ask" in self._inputs and "indices" in self._outputs
         self.largest_k = min(LARGEST, vocabulary)
-        self._hidden: np.ndarray | None = None  # of the last call
+        self.hidden: np.ndarray | None = None  # of the last call
         self.capacity = int(next(iter(caches.values()))[1])
         self.vocabulary = vocabulary
         if threads:
@@ -56,10 +56,10 @@ class TorchSteps:
     def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
         if not self._ranks:
             found = largest_of(self.step(rows, keep), self.largest_k)
-            return replace(found, hidden=self._hidden)
+            return replace(found, hidden=self.hidden)
         wanted = np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64)
         results = dict(zip(self._outputs, self._run(rows, wanted, 0)))
-        return Largest(results["values"][0].numpy(), results["indices"][0].numpy(), self._hidden)
+        return Largest(results["values"][0].numpy(), results["indices"][0].numpy(), self.hidden)
 
     @torch.inference_mode()
     def _run(self, rows: Rows, keep: np.ndarray, scored: int) -> list[torch.Tensor]:
@@ -80,7 +80,7 @@ class TorchSteps:
             cache = self._caches.get(name)
             if cache is not None and result.data_ptr() != values[cache].data_ptr():
                 values[cache].copy_(result)  # a graph that does not write in place
-        self._hidden = beside(
+        self.hidden = beside(
             [result[0].numpy() for name, result in zip(self._outputs, results) if is_tap(name)]
         )
         return results
