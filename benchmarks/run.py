@@ -15,7 +15,15 @@ from typing import Any
 from harness import RESULTS, keep, machine
 
 MODELS = ("vit_cpu", "focus", "match_share", "compile_share", "analysis_speed", "linear_nbits", "eight_bits")
-LANGUAGE = ("decode", "verify_cost", "speculation", "speculation_exact", "perplexity", "h2o", "cached_attention")
+LANGUAGE = (
+    "decode",
+    "verify_cost",
+    "speculation",
+    "speculation_exact",
+    "perplexity",
+    "h2o",
+    "cached_attention",
+)
 OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")
 BENCHMARKS = (*MODELS, *LANGUAGE, *OPS, "triton_kernels")
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"

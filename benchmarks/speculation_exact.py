@@ -19,7 +19,10 @@ DRAFTERS = ("ngram", "recycling", "model", "self", "hierarchical")
 CASES = [
     (runtime, drafter, tree)
     for runtime in ("onnxruntime", "torch")
-    for drafter, tree in (*(("auto", tree) for tree in TREES), *((drafter, "marginal") for drafter in DRAFTERS))
+    for drafter, tree in (
+        *(("auto", tree) for tree in TREES),
+        *((drafter, "marginal") for drafter in DRAFTERS),
+    )
 ]
 
 
@@ -51,7 +54,8 @@ def run(quick: bool) -> dict[str, Any]:
                 sum(one.new_tokens - 1 for one in found) / sum(entry["verifications"] for entry in told), 3
             ),
             "rows_per_verification": round(
-                sum(entry["rows_verified"] for entry in told) / sum(entry["verifications"] for entry in told), 3
+                sum(entry["rows_verified"] for entry in told) / sum(entry["verifications"] for entry in told),
+                3,
             ),
             "exactness": plain.settings["exactness"],
             "seconds": round(time.perf_counter() - begun, 1),
