@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -38,17 +39,23 @@ def plain_causal_graph(
     }
     with quietly(f"{type(model).__name__} cannot be traced by torch.export"), torch.no_grad():
         return torch.export.export(
-            _Logits(model).eval(), (), inputs, dynamic_shapes={"inputs": lengths}, strict=False
+            _Logits(model, list(inputs)).eval(), (), inputs, dynamic_shapes=lengths, strict=False
         )
 
 
 class _Logits(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module) -> None:
+    """names: of the inputs. They are the signature: how `dynamic_shapes` of **inputs are said depends on torch."""
+
+    def __init__(self, model: torch.nn.Module, names: list[str]) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        return self.model(**inputs, use_cache=False).logits
+        def forward(**inputs: torch.Tensor) -> torch.Tensor:
+            return self.model(**inputs, use_cache=False).logits
+
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 def _source(model: Any) -> torch.Tensor:
