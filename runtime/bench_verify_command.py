@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..passes.errors import ElisionError
-from .generate_command import BITS, RUNTIMES, offline
+from .generate_command import Model, check_form, offline
 from .shell import out, print_json, working
 
 CHANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -15,15 +14,7 @@ CHANCES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def bench_verify(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="PATH_OR_PACKAGE",
-            help="A folder, GGUF or ONNX file, or installed package.",
-        ),
-    ],
+    model: Model,
     bits: Annotated[int | None, typer.Option(help="4, 8, 16 or 32; default: what the model has.")] = None,
     runtime: Annotated[str, typer.Option(help="onnxruntime or torch.")] = "onnxruntime",
     context: Annotated[int | None, typer.Option(metavar="N", min=2, max=1 << 24)] = None,
@@ -32,10 +23,7 @@ def bench_verify(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
     """Measure what verifying M rows costs on this machine, and say how much drafting that makes worth while."""
-    if bits is not None and bits not in BITS:
-        raise ElisionError(f"--bits is {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, not {bits}")
-    if runtime not in RUNTIMES:
-        raise ElisionError(f"--runtime is {' or '.join(RUNTIMES)}, not {runtime!r}")
+    check_form(bits, runtime)
     offline()
     from .lm_open import open_model
     from .verify_costs import costs_for

@@ -92,16 +92,8 @@ class Tree:
         whole = count > len(self) or (count == len(self) and self.kind is not Proposal.INDEPENDENT)
         if whole and (len(self) == 1 or max(self.depths) <= depth):
             return self
-        made, place = Tree.of(self.tokens[0], self.kind), {0: 0}
-        for node in range(1, len(self)):
-            if len(made) >= count:
-                break
-            if self.depths[node] <= depth and self.parents[node] in place:
-                place[node] = made.add(
-                    place[self.parents[node]],
-                    self.tokens[node], self.keys[node], self.values[node], self.origins[node],
-                )  # fmt: skip
-        made.draws = {place[node]: drawn for node, drawn in self.draws.items() if node in place}
+        fits = [node for node in range(1, len(self)) if self.depths[node] <= depth]
+        made = self.of_nodes(fits[: max(0, count - 1)])
         if self.kind is not Proposal.DETERMINISTIC:
             made.draws = {
                 node: (q, [t for t in order if made.child(node, t) is not None])
@@ -117,15 +109,22 @@ class Tree:
     def heavy_first(self) -> Tree:
         """The same tree, numbered depth first, the likeliest child first: when its likeliest path is accepted, the
         rows of the cache that hold it lie where they belong."""
-        made, stack, place = Tree.of(self.tokens[0], self.kind), self._by_value(0), {0: 0}
+        order: list[int] = []
+        stack = self._by_value(0)
         while stack:
-            node = stack.pop()
+            order.append(stack.pop())
+            stack += self._by_value(order[-1])
+        return self.of_nodes(order)
+
+    def of_nodes(self, nodes: Sequence[int]) -> Tree:
+        """The tree of the root and these nodes, in this order: parents are among them, before their children."""
+        made, place = Tree.of(self.tokens[0], self.kind), {0: 0}
+        for node in nodes:
             place[node] = made.add(
                 place[self.parents[node]],
                 self.tokens[node], self.keys[node], self.values[node], self.origins[node],
             )  # fmt: skip
-            stack += self._by_value(node)
-        made.draws = {place[node]: drawn for node, drawn in self.draws.items()}
+        made.draws = {place[node]: drawn for node, drawn in self.draws.items() if node in place}
         return made
 
     def _by_value(self, node: int) -> list[int]:

@@ -96,6 +96,8 @@ class Generator:
     the same row among others give the same bits, else "near-tie". Raises ElisionError, one line, for what cannot be
     read."""
 
+    speculation: Speculation | None = None
+
     def __init__(
         self,
         model: Any,
@@ -164,8 +166,6 @@ class Generator:
         return held if self.facts.positions is None else min(held, self.facts.positions)
 
     # ---- generating ------------------------------------------------------------------------------------
-    speculation: Speculation | None = None
-
     def generate(self, prompt: Any, max_new_tokens: int = 128, **options: Any) -> Any:
         """One Generation for a text or a list of ids; a list of them for a list of prompts, which take steps together.
 

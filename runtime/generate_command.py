@@ -19,6 +19,16 @@ from .shell import working
 BITS = (4, 8, 16, 32)
 RUNTIMES = ("onnxruntime", "torch")
 
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH_OR_PACKAGE",
+        help="A folder, GGUF or ONNX file, or installed package.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -33,15 +43,7 @@ class Asked:
 
 
 def generate(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="PATH_OR_PACKAGE",
-            help="A folder, GGUF or ONNX file, or installed package.",
-        ),
-    ],
+    model: Model,
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="What to go on from.")
     ] = None,
@@ -102,10 +104,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each prompt.")] = False,
 ) -> None:
     """Write text with a causal language model: greedy, or sampled with a temperature; with a drafter, sooner."""
-    if bits is not None and bits not in BITS:
-        raise ElisionError(f"--bits is {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, not {bits}")
-    if runtime not in RUNTIMES:
-        raise ElisionError(f"--runtime is {' or '.join(RUNTIMES)}, not {runtime!r}")
+    check_form(bits, runtime)
     if system is not None and not chat:
         raise ElisionError("--system takes --chat")
     how = {
@@ -141,6 +140,14 @@ def generate(
             h2o=None if cache_size is None else H2O(cache_size), notify=tell,
         )  # fmt: skip
     write(generator, asked)
+
+
+def check_form(bits: int | None, runtime: str) -> None:
+    """In which form a model can be asked for. Raises ElisionError."""
+    if bits is not None and bits not in BITS:
+        raise ElisionError(f"--bits is {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, not {bits}")
+    if runtime not in RUNTIMES:
+        raise ElisionError(f"--runtime is {' or '.join(RUNTIMES)}, not {runtime!r}")
 
 
 def _check_sampling(how: dict[str, Any]) -> None:

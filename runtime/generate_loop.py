@@ -164,18 +164,13 @@ def _round(model: StepModel, active: list[Running], speculation: Speculation | N
     drafted = time.perf_counter()
     rows = joined([_rows(one, tree) for one, tree in zip(active, trees)])
     ready = time.perf_counter()
-    scores: np.ndarray | None = None
-    if all(one.sampler.plain for one in active):
-        found = model.largest(rows)
-    else:
-        scores = model.step(rows)
-        found = None
+    scores = None if all(one.sampler.plain for one in active) else model.step(rows)
+    found = model.largest(rows) if scores is None else None
     hidden = getattr(model, "hidden", None) if found is None else found.hidden
     done = time.perf_counter()
     places = np.cumsum([0, *map(len, trees)]).tolist()
-    learning = any(one.draft is not None for one in active)
-    if found is None:
-        found = largest_of(scores, model.largest_k) if learning and scores is not None else None
+    if scores is not None and any(one.draft is not None for one in active):
+        found = largest_of(scores, model.largest_k)
     seen = []
     for one, tree, low, high in zip(active, trees, places, places[1:]):
         part = None if found is None else Largest(found.values[low:high], found.ids[low:high])
@@ -193,11 +188,9 @@ def _round(model: StepModel, active: list[Running], speculation: Speculation | N
             one.draft.observe(
                 Verified(tree, part.ids, path, new, states), (verified - begun) * share, drafting
             )
-        spent.rounds, spent.rows, spent.tokens = (
-            spent.rounds + 1,
-            spent.rows + len(tree),
-            spent.tokens + len(new),
-        )
+        spent.rounds += 1
+        spent.rows += len(tree)
+        spent.tokens += len(new)
         spent.draft += (drafted - begun) * share + (time.perf_counter() - learned)
         spent.verify += (done - ready) * share
         spent.rest += (ready - drafted + verified - done) * share

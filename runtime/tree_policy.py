@@ -55,25 +55,13 @@ class Marginal:
     def grow(self, drafter: Drafter, draft: Draft, root: int, acceptance: Acceptance, room: Room) -> Tree:
         if drafter.costly:
             return self._by_levels(drafter, draft, root, acceptance, room)
-        tree, costs = Tree.of(root), room.costs
-        total, rate, count = 1.0, 1.0 / costs[1], 1
-        heap: list[tuple[float, int, int, Guess, Any]] = []
-        state, node, value, order = draft.root(), 0, 1.0, 0
-        while True:
-            if tree.depths[node] < room.depth:
-                for guess in draft.expand([state])[0]:
-                    chance = value * acceptance.probability(guess.key, guess.prior)
-                    order += 1
-                    heapq.heappush(heap, (-chance, order, node, guess, state))
-            if not heap or len(tree) >= room.rows:
+        growth, costs = _BestFirst(draft, root, acceptance, room.depth), room.costs
+        tree, total, rate, count = growth.tree, 1.0, 1.0 / costs[1], 1
+        while growth.value > 0 and len(tree) < room.rows:
+            if not _may_pay(total, growth.value, len(tree), rate, room):
                 break
-            negative, _, parent, guess, above = heapq.heappop(heap)
-            value = -negative
-            if not _may_pay(total, value, len(tree), rate, room):
-                break
-            node = tree.add(parent, guess.token, guess.key, value, guess.origin)
-            state = draft.step(above, guess.token)
-            total += value
+            total += growth.value
+            growth.take()
             if total / costs[len(tree)] > rate:
                 rate, count = total / costs[len(tree)], len(tree)
         free = count
@@ -87,14 +75,42 @@ class Marginal:
         """For drafters whose time counts: the best few nodes of a level are expanded in one call, another level only
         while it is likely to bring more than its call costs."""
         grown = _levels(draft, root, acceptance, room, width=4, seconds=drafter.seconds(), pay=True)
-        nodes = sorted(range(1, len(grown)), key=lambda n: (-grown.values[n], n))
+        values = sorted(grown.values[1:], reverse=True)
         spent = max(grown.depths) * drafter.seconds()  # whether anything of it is verified or not
         total, rate, count = 1.0, 1.0 / (room.costs[1] + spent), 0
-        for number, node in enumerate(nodes[: room.rows - 1], 1):
-            total += grown.values[node]
+        for number, value in enumerate(values[: room.rows - 1], 1):
+            total += value
             if total / (room.costs[number + 1] + spent) > rate:
                 rate, count = total / (room.costs[number + 1] + spent), number
-        return _chosen(grown, nodes[:count])
+        return _likeliest(grown, count)
+
+
+class _BestFirst:
+    """A tree that grows by the likeliest of all guesses. value: the chance of that one, 0 where there is none."""
+
+    def __init__(self, draft: Draft, root: int, acceptance: Acceptance, depth: int) -> None:
+        self.tree = Tree.of(root)
+        self._draft, self._acceptance, self._depth = draft, acceptance, depth
+        self._heap: list[tuple[float, int, int, Guess, Any]] = []
+        self._guesses = 0
+        self._expand(0, draft.root())
+
+    @property
+    def value(self) -> float:
+        return -self._heap[0][0] if self._heap else 0.0
+
+    def take(self) -> None:
+        negative, _, parent, guess, above = heapq.heappop(self._heap)
+        node = self.tree.add(parent, guess.token, guess.key, -negative, guess.origin)
+        self._expand(node, self._draft.step(above, guess.token))
+
+    def _expand(self, node: int, state: Any) -> None:
+        if self.tree.depths[node] >= self._depth:
+            return
+        for guess in self._draft.expand([state])[0]:
+            chance = self.tree.values[node] * self._acceptance.probability(guess.key, guess.prior)
+            self._guesses += 1
+            heapq.heappush(self._heap, (-chance, self._guesses, node, guess, state))
 
 
 def _may_pay(total: float, value: float, count: int, rate: float, room: Room) -> bool:
@@ -129,16 +145,10 @@ def _levels(
     return tree
 
 
-def _chosen(tree: Tree, nodes: Sequence[int]) -> Tree:
-    """Some nodes of a tree, parents among them."""
-    made, place = Tree.of(tree.tokens[0], tree.kind), {0: 0}
-    for node in sorted(nodes):
-        if tree.parents[node] in place:
-            place[node] = made.add(
-                place[tree.parents[node]],
-                tree.tokens[node], tree.keys[node], tree.values[node], tree.origins[node],
-            )  # fmt: skip
-    return made
+def _likeliest(tree: Tree, count: int) -> Tree:
+    """The root and the `count` nodes of the highest values, which fall along every path."""
+    nodes = sorted(range(1, len(tree)), key=lambda node: (-tree.values[node], node))[:count]
+    return tree.of_nodes(sorted(nodes))
 
 
 # ---- the field's ---------------------------------------------------------------------------------------
@@ -184,8 +194,7 @@ class Beam:
         grown = _levels(
             draft, root, acceptance, room, width=self.beam, seconds=0.0, pay=False, depth=self.depth
         )
-        nodes = sorted(range(1, len(grown)), key=lambda n: (-grown.values[n], n))
-        return _chosen(grown, nodes[: min(self.size, room.rows) - 1])
+        return _likeliest(grown, min(self.size, room.rows) - 1)
 
 
 @dataclass
@@ -201,7 +210,10 @@ class DySpec:
     def grow(self, drafter: Drafter, draft: Draft, root: int, acceptance: Acceptance, room: Room) -> Tree:
         size = min(self.size, room.rows)
         if drafter.kind is Proposal.DETERMINISTIC:
-            return self._best_first(draft, root, acceptance, room, size)
+            growth = _BestFirst(draft, root, acceptance, room.depth)
+            while growth.value > 0 and len(growth.tree) < size:
+                growth.take()
+            return growth.tree
         tree = Tree.of(root, drafter.kind)
         heap: list[tuple[float, int, int, Any]] = [(-1.0, 0, 0, draft.root())]
         order = 0
@@ -220,26 +232,6 @@ class DySpec:
                 heapq.heappush(heap, (-rest, order, node, state))
             if tree.depths[child] < room.depth:
                 heapq.heappush(heap, (negative * chance, order + 1, child, draft.step(state, token)))
-        return tree
-
-    def _best_first(self, draft: Draft, root: int, acceptance: Acceptance, room: Room, size: int) -> Tree:
-        tree, order = Tree.of(root), 0
-        heap: list[tuple[float, int, int, Guess, Any]] = []
-        state, node, value = draft.root(), 0, 1.0
-        while len(tree) < size:
-            if tree.depths[node] < room.depth:
-                for guess in draft.expand([state])[0]:
-                    order += 1
-                    chance = value * acceptance.probability(guess.key, guess.prior)
-                    heapq.heappush(heap, (-chance, order, node, guess, state))
-            if not heap:
-                break
-            negative, _, parent, guess, above = heapq.heappop(heap)
-            value = -negative
-            node, state = (
-                tree.add(parent, guess.token, guess.key, value, guess.origin),
-                draft.step(above, guess.token),
-            )
         return tree
 
 
