@@ -22,6 +22,7 @@ LANGUAGE = (
     "speculation_exact",
     "perplexity",
     "h2o",
+    "windowed",
     "cached_attention",
 )
 OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .passes.ir.graph import Graph
     from .passes.pipeline import format, parse
     from .runtime.api import Result, export_onnx, optimize
+    from .runtime.diffusion import DiffusionGeneration, DiffusionGenerator
     from .runtime.generate import Generation, Generator
     from .runtime.iree import compile_iree, run_iree
     from .runtime.mlir import export_mlir
@@ -39,6 +40,8 @@ _HOMES: dict[str, tuple[str, str]] = {
     "Result": (".runtime.api", "Result"),
     "Generator": (".runtime.generate", "Generator"),
     "Generation": (".runtime.generate", "Generation"),
+    "DiffusionGenerator": (".runtime.diffusion", "DiffusionGenerator"),
+    "DiffusionGeneration": (".runtime.diffusion", "DiffusionGeneration"),
     "session": (".runtime.session", "session"),
     "ElisionError": (".passes.errors", "ElisionError"),
     "Refused": (".passes.errors", "Refused"),
@@ -59,6 +62,8 @@ _HOMES: dict[str, tuple[str, str]] = {
 }
 
 __all__ = [
+    "DiffusionGeneration",
+    "DiffusionGenerator",
     "ElisionError",
     "Generation",
     "Generator",

@@ -76,7 +76,7 @@ class OpDef:
     mixes: int | None = None
     same_bits: bool = False
     source: str = ""
-    _cache: dict[str, onnx.FunctionProto] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[str, onnx.FunctionProto] = field(default_factory=dict, repr=False, compare=False, init=False)
 
     # ---- the schema ----------------------------------------------------------------------------------
     @property

@@ -25,6 +25,7 @@ BUILTIN: tuple[str, ...] = (
     "quantize_rows",
     "onnx.passes",
     "incremental",
+    "window",
     "key_scores",
     "lower",
     "head",

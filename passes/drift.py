@@ -98,7 +98,10 @@ def within(reference: Any, drift: Drift, tolerance: float) -> bool:
 
 def tolerance(graph: Graph) -> float:
     """The tolerance for exact passes on this graph, see TOLERANCE."""
-    if any(op.target in ("elision.linear_nbits", "elision.linear_topk") for op in graph.ops_of("elision")):
+    if any(
+        op.target in ("elision.linear_nbits", "elision.linear_topk", "elision.linear_spread")
+        for op in graph.ops_of("elision")
+    ):
         return ROUNDED_INPUTS
     present = {value.dtype for value in graph.values()}
     return next((TOLERANCE[name] for name in _COARSE if name in present), TOLERANCE["float32"])

@@ -1,7 +1,8 @@
 """head: the k largest logits of every row instead of all of them.
 
-Greedy decoding and top-k sampling read no more than that. A language model's head has a row of logits as wide as its
-vocabulary, which need not be written when the product, with the norm before it, keeps the largest as it goes.
+Greedy decoding and top-k sampling read no more than that, and the confidence of a choice only a sum more. A language
+model's head has a row of logits as wide as its vocabulary, which need not be written when the product, with the norm
+before it, keeps the largest as it goes.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from .keep_rows import is_product
 @dataclass(frozen=True)
 class HeadOptions:
     """k: how many of the largest logits. output: which graph output the logits are. beside: whether that output stays,
-    for who wants all logits of some rows (with keep-rows: of those only)."""
+    for who wants all logits of some rows (with keep-rows: of those only). spread: whether what is known of the softmax
+    over all of them comes as well."""
 
     k: int = 1
     output: int = 0
     beside: bool = False
+    spread: bool = False
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -35,7 +38,8 @@ class HeadOptions:
 class Head(Pass):
     """Turns the logits [.., n] into their k largest: values float32 [.., k] in the place of that output, descending,
     and as the last output their indices int64 [.., k]. Among equal logits the lowest index comes first. With `beside`
-    the logits stay, and `values` and `indices` are the last two outputs."""
+    the logits stay, and `values` and `indices` are the last two outputs. With `spread` there is one more behind them,
+    float32 [.., 2]: the log of the sum of exp of all logits, and the entropy of their softmax in nats."""
 
     name = "head"
     exact = False  # the output is another one, though its numbers are the same
@@ -55,12 +59,15 @@ class Head(Pass):
             inputs.append(weight)
             attrs["eps"] = epsilon(norm)
             outcome.statistics["norms folded in"] = 1
-        values, indices = graph.insert("linear_topk", inputs, attrs | {"k": self.options.k}, after=product)
+        op = "linear_spread" if self.options.spread else "linear_topk"
+        values, indices, *spread = graph.insert(op, inputs, attrs | {"k": self.options.k}, after=product)
         if self.options.beside:
             graph.add_output(values, "values")
         else:
             graph.replace_output(self.options.output, values)
         graph.add_output(indices, "indices")
+        for value in spread:
+            graph.add_output(value, "spread")
         graph.remove_dead()
         return outcome
 

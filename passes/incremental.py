@@ -10,7 +10,7 @@ but a causal attention the graph is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .base import NewSignature, Outcome, Pass, PassContext, register
 from .errors import NothingMatched, PipelineError, Refused, VerificationError
 from .incremental_binding import SEQUENCE, Bindings
 from .incremental_build import ROWS_IN, Builder
+from .incremental_pairs import read_rule
 from .incremental_plan import LastRows, Plan, drop_last_rows
 from .incremental_tables import Text, evaluate
 from .ir.graph import Graph, Value, static
@@ -69,19 +70,19 @@ class Incremental(Pass):
         plan, short = self._plan(graph, names)
         if not plan.attentions:
             raise NothingMatched(
-                f"incremental found no self-attention over the tokens of %{names[0]} "
+                f"{self.name} found no self-attention over the tokens of %{names[0]} "
                 f"({len(graph.ops_of('attention'))} attentions among {len(graph.ops)} operations)"
             )
         text = _text(graph, names)
-        tables = evaluate(graph, plan, text, options.capacity)
+        tables = evaluate(graph, plan, text, options.capacity, self.read_rule)
         outcome = Outcome(changed=True)
+        self._before(graph, plan, outcome)
         if pasts:
             outcome.notes.append(
                 f"{pasts} inputs with keys and values of the past went: the file had a cache of its own"
             )
-        outcome.signature = signature = _Examples(graph, plan, text, options.capacity).signature(
-            context, short
-        )
+        examples = _Examples(graph, plan, text, options.capacity, self.example_rows)
+        outcome.signature = signature = examples.signature(context, short)
         if plan.cuts:
             outcome.extra["prelude"] = _prelude(graph, plan.cuts)
         dropped = [v.name for v in graph.outputs if plan.bindings.of(v) == SEQUENCE]
@@ -103,6 +104,19 @@ class Incremental(Pass):
         )
         return outcome
 
+    # ---- what another kind of rows says differently --------------------------------------------------
+    read_rule = staticmethod(read_rule)
+    """What the masks of an attention must say."""
+
+    @staticmethod
+    def example_rows(count: int) -> list[np.ndarray]:
+        """slots, prefix and ancestors of `count` rows that are a whole text."""
+        places = np.arange(count, dtype=np.int32)
+        return [places, np.stack([np.zeros_like(places), places], 1), places[:, None].copy()]
+
+    def _before(self, graph: Graph, plan: Plan, outcome: Outcome) -> None:
+        """Called before the graph is edited."""
+
     # ---- finding out ---------------------------------------------------------------------------------
     def _names(self, graph: Graph) -> tuple[str, str, str]:
         """Names of the inputs with ids, mask and positions; "" for one the graph does not have."""
@@ -115,7 +129,7 @@ class Incremental(Pass):
         ids = options.ids or f"{prefix}input_ids"
         if ids not in known:
             raise NothingMatched(
-                f"incremental found no input {ids!r} with token ids among {', '.join(sorted(known))}; "
+                f"{self.name} found no input {ids!r} with token ids among {', '.join(sorted(known))}; "
                 "option ids names it"
             )
         mask = options.mask or f"{prefix}attention_mask"
@@ -196,8 +210,15 @@ def _prelude(graph: Graph, cuts: Sequence[Value]) -> Graph:
 class _Examples:
     """Example inputs of the plain graph and those of the new one that mean the same: a chain from empty caches."""
 
-    def __init__(self, graph: Graph, plan: Plan, text: Text, capacity: int) -> None:
-        self.graph, self.plan, self.text, self.capacity = graph, plan, text, capacity
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        text: Text,
+        capacity: int,
+        rows: Callable[[int], list[np.ndarray]],
+    ) -> None:
+        self.graph, self.plan, self.text, self.capacity, self.rows = graph, plan, text, capacity, rows
 
     def signature(self, context: PassContext, short: bool) -> NewSignature:
         given = context.example_inputs
@@ -211,14 +232,7 @@ class _Examples:
         before |= self.text.feeds(ids)
         crosses = self.graph.evaluate(self.plan.cuts, before) if self.plan.cuts else []
         count = ids.shape[1]
-        places = np.arange(count, dtype=np.int32)
-        chain = [
-            ids.astype(np.int64),
-            np.arange(count, dtype=np.int64)[None],
-            places,
-            np.stack([np.zeros_like(places), places], 1),
-            places[:, None].copy(),
-        ]
+        chain = [ids.astype(np.int64), np.arange(count, dtype=np.int64)[None], *self.rows(count)]
         return NewSignature([before[v] for v in self.graph.inputs], [*chain, *crosses], last_rows=short)
 
 

@@ -129,6 +129,22 @@ def read_rule(tables: Sequence[PairTable]) -> PairRule:
     raise Unfit("is neither a function of the distance nor of the key")
 
 
+def read_full(tables: Sequence[PairTable]) -> PairRule:
+    """The rule of attention of all to all, where that is what the tables say. Raises Unfit."""
+    for table in tables:
+        if table.hidden.any():
+            causal = bool(table.hidden[:, table.later].all())
+            raise Unfit(
+                "hides later tokens: the attention is causal"
+                if causal
+                else "hides tokens, and only an attention of all to all can be windowed"
+            )
+        across = np.ptp(table.bias, axis=-1) if table.bias.size else np.zeros(1)
+        if across.max() > 1e-6:
+            raise Unfit("adds a bias of positions")
+    return PairRule()
+
+
 def _starts(whole: np.ndarray, start: np.ndarray) -> bool:
     length = start.shape[1]
     allowed = 1e-6 + 4 * float(np.finfo(np.float32).eps) * float(np.abs(whole).max())

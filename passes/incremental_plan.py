@@ -7,11 +7,13 @@ every length. Attentions among the rows are put aside, everything else must trea
 
 from __future__ import annotations
 
+import sympy
+
 from .errors import Refused
 from .incremental_binding import CONSTANT, POSITION, ROW, SEQUENCE, Bindings
 from .incremental_rows import token_axis
 from .incremental_scores import Attention, attentions
-from .ir.graph import Graph, Op, Value
+from .ir.graph import Dim, Graph, Op, Value
 
 # Steps that only give each position's entry another place: a table is cut before them.
 _PLACES = frozenset({"reshape", "transpose", "expand", "tie", "embedding", "gather"})
@@ -192,7 +194,7 @@ class Plan:
             axis = self.axes[root]
         else:
             axis = found[root] = self._own_axes(root)[0]
-            if root.shape is None or root.shape[axis] != self.bindings.length:
+            if root.shape is None or not self.one_each(root.shape[axis]):
                 raise Refused(
                     f"%{root.name} has {root.shape and root.shape[axis]} positions, not one for each token"
                 )
@@ -205,6 +207,12 @@ class Plan:
             self.tables[root] = found[root]
         self.axes |= found
         return axis
+
+    def one_each(self, dim: Dim) -> bool:
+        """Whether a table of so many positions has one for each token, or for as many as there can be: a slice of a
+        learned table is Min(its length, tokens) long. That the capacity is no more is found when it is evaluated."""
+        length = self.bindings.length
+        return dim == length or (isinstance(dim, sympy.Min) and length in dim.args)
 
     def _own_axes(self, value: Value) -> list[int]:
         return self.bindings.token_axes(value)

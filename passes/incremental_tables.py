@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .errors import ElisionError, Refused
-from .incremental_pairs import PairRule, PairTable, Unfit, read_rule
+from .incremental_pairs import PairRule, PairTable, Unfit
 from .incremental_plan import Plan
 from .incremental_scores import Attention
 from .ir.graph import Dim, Graph, Value
@@ -47,7 +48,11 @@ class Text:
         return found
 
 
-def evaluate(graph: Graph, plan: Plan, text: Text, capacity: int) -> Tables:
+Reader = Callable[[Sequence[PairTable]], PairRule]
+"""What the masks of an attention say, from their tables of rising lengths. Raises Unfit."""
+
+
+def evaluate(graph: Graph, plan: Plan, text: Text, capacity: int, read: Reader) -> Tables:
     """Evaluate what `plan` needs. Raises Refused, naming the value, where it is no table of positions."""
     masks = [mask.value for attention in plan.attentions for mask in attention.masks]
     for value in masks:
@@ -77,7 +82,7 @@ def evaluate(graph: Graph, plan: Plan, text: Text, capacity: int) -> Tables:
         # Layers share their masks: the same ones are read once.
         key = (tuple(attention.masks), attention.causal)
         if key not in known:
-            known[key] = _rule(attention, at)
+            known[key] = _rule(attention, at, read)
         tables.rules.append(known[key])
     return tables
 
@@ -86,8 +91,9 @@ def _table(value: Value, axis: int, at: dict[int, np.ndarray]) -> np.ndarray:
     whole = at[max(at)]
     for length, array in at.items():
         if array.shape[axis] != length:
+            less = "; a smaller capacity may do" if array.shape[axis] < length == max(at) else ""
             raise Refused(
-                f"%{value.name} has {array.shape[axis]} positions for {length} tokens: {_user(value)} reads it"
+                f"%{value.name} has {array.shape[axis]} positions for {length} tokens: {_user(value)} reads it{less}"
             )
         start = np.take(whole, np.arange(length), axis)
         if not _equal(array, start):
@@ -118,18 +124,18 @@ def _check_reach(value: Value, rows: np.ndarray, capacity: int) -> None:
                 queue.append(op.output)
 
 
-def _rule(attention: Attention, at: dict[int, dict[Value, np.ndarray]]) -> PairRule:
+def _rule(attention: Attention, at: dict[int, dict[Value, np.ndarray]], read: Reader) -> PairRule:
     try:
         found = []
         for length, arrays in at.items():
             masks = [mask.applied(arrays[mask.value]) for mask in attention.masks]
             found.append(PairTable(masks, length, attention.causal))
-        return read_rule(found)
+        return read(found)
     except Unfit as why:
         names = ", ".join(f"%{mask.value.name}" for mask in attention.masks)
         subject = f"the mask {names} of " if names else ""
         op = attention.op
-        reason = str(why) if names else "it lets a token see later ones: the attention is not causal"
+        reason = str(why) if names else f"it {why}"
         raise Refused(f"{subject}{op.target} (%{op.name}) cannot be cached: {reason}") from None
 
 

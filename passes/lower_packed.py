@@ -8,7 +8,7 @@ from typing import Any
 
 from .ir.graph import Graph, Op, Value
 
-OPERANDS = {"linear_nbits": 4, "linear_rows": 2, "linear_topk": 4}
+OPERANDS = {"linear_nbits": 4, "linear_rows": 2, "linear_topk": 4, "linear_spread": 4}
 """How many operands of an op are x and the weight with its parts; the others follow those of the packed form."""
 
 
@@ -37,7 +37,7 @@ def pack_weights(graph: Graph, op: Op, name: str, attrs: dict[str, Any], made: d
         setattr(host.module, str(value.raw.target), packed)  # itself: a copy would not be in large pages
     rest = op.inputs[OPERANDS[name] :]
     kept = {n: attrs[n] for n in ("k", "eps", "norm_offset") if n in attrs}
-    form = "linear_topk_packed" if name == "linear_topk" else "linear_packed"
+    form = f"{name}_packed" if name in ("linear_topk", "linear_spread") else "linear_packed"
     target = getattr(torch.ops.elision_cpu, form).default
     new = host.insert_call(target, [x, made[key], *rest], {"channels": weight.shape[0], **kept}, after=op)
     for old, value in zip(op.outputs, new.outputs):

@@ -174,7 +174,7 @@ class Generator:
         end a text instead of the model's own (an empty list: none). encoder_inputs: what an encoder-decoder reads, by
         name or as one array; its prompt (ids of the decoder) may then be None. trace: keep a record of every round.
         Raises ElisionError for a prompt or option that the model cannot take."""
-        prompts, single = _prompts(prompt)
+        prompts, single = prompts_of(prompt)
         sequences, settings = self._prepare(prompts, max_new_tokens, options)
         for one in sequences:
             one.quiet = True
@@ -185,7 +185,7 @@ class Generator:
 
     def stream(self, prompt: Any, max_new_tokens: int = 128, **options: Any) -> TextStream:
         """The same for one prompt, piece by piece. Options as in `generate`."""
-        prompts, single = _prompts(prompt)
+        prompts, single = prompts_of(prompt)
         if not single:
             raise ElisionError("one prompt at a time can be streamed")
         if self.text is None:
@@ -303,7 +303,7 @@ class Generator:
         self.model.begin(inputs if isinstance(inputs, Mapping) else {"": inputs})  # type: ignore[arg-type]
 
 
-def _prompts(prompt: Any) -> tuple[list[Any], bool]:
+def prompts_of(prompt: Any) -> tuple[list[Any], bool]:
     """(prompts, whether it was a single one). Texts, lists of ids, arrays and tensors of ids, and lists of them."""
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()

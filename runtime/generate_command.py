@@ -18,6 +18,7 @@ from .shell import working
 
 BITS = (4, 8, 16, 32)
 RUNTIMES = ("onnxruntime", "torch")
+CANVAS = "Masked diffusion models"
 
 Model = Annotated[
     str,
@@ -100,10 +101,56 @@ def generate(
             "--cache-size", metavar="N", min=6, help="Keys a sequence may keep; the rest is forgotten (H2O)."
         ),
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Diffusion models: what is computed at a step (window, prefix, dual, delayed, block or none).",
+            rich_help_panel=CANVAS,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(metavar="W", help="Undecided tokens that are seen.", rich_help_panel=CANVAS)
+    ] = None,
+    active: Annotated[
+        int | None,
+        typer.Option(metavar="A", help="Of them, those that are computed.", rich_help_panel=CANVAS),
+    ] = None,
+    refresh: Annotated[
+        int | None,
+        typer.Option(metavar="R", help="Steps from one refresh to the next.", rich_help_panel=CANVAS),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a block (policies prefix, dual, block).", rich_help_panel=CANVAS),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="S", help="Denoising steps; default: one a token.", rich_help_panel=CANVAS),
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="Which tokens are decided first: confidence, entropy, margin, random, threshold or left.",
+            rich_help_panel=CANVAS,
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="With --rule threshold: decide all above this probability.", rich_help_panel=CANVAS
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance.", rich_help_panel=CANVAS)
+    ] = None,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop", help="End at the first end of a text.", rich_help_panel=CANVAS)
+    ] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew and keep nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each prompt.")] = False,
 ) -> None:
-    """Write text with a causal language model: greedy, or sampled with a temperature; with a drafter, sooner."""
+    """Write text with a causal language model: greedy, or sampled with a temperature; with a drafter, sooner. Or with
+    a masked diffusion model, of whose canvas only a window is computed."""
     check_form(bits, runtime)
     if system is not None and not chat:
         raise ElisionError("--system takes --chat")
@@ -123,13 +170,32 @@ def generate(
 
     check_drafting(drafter, draft_model, mode)
     check_tree(tree)
+    said: dict[str, Any] = {
+        "policy": policy, "window": window, "active": active, "refresh": refresh, "block": block, "steps": steps,
+        "rule": rule, "threshold": threshold, "guidance": guidance, "early_stop": early_stop or None,
+    }  # fmt: skip
+    said = {name: value for name, value in said.items() if value is not None}
+    from .canvas_command import generate_canvases, wants_canvas
+
+    canvas = wants_canvas(model, said)
     if report is not None:
-        if prompts is not None or drafter == "none":
+        if prompts is not None or (drafter == "none" and not canvas):
             raise ElisionError("--report takes one --prompt and a --drafter")
         check_target(report)
         how["trace"] = True
+    if canvas:
+        _no_canvas({"--drafter": drafter != "none", "--draft-model": draft_model, "--cache-size": cache_size,
+                    "--stop": stop, "--repetition-penalty": repetition_penalty})  # fmt: skip
     asked = Asked(_read(prompt, prompts), prompts is None, max_new_tokens, how, json, report)
     offline()
+    if canvas:
+        shared = {
+            name: how[name] for name in ("temperature", "top_k", "top_p", "seed", "chat", "system", "eos")
+        }
+        form = {"bits": bits, "runtime": runtime, "context": context, "batch": batch, "cache": not no_cache,
+                "threads": threads}  # fmt: skip
+        generate_canvases(model, asked, shared | said | {"trace": report is not None}, form)
+        return
     from .generate import Generator
     from .h2o import H2O
 
@@ -140,6 +206,15 @@ def generate(
             h2o=None if cache_size is None else H2O(cache_size), notify=tell,
         )  # fmt: skip
     write(generator, asked)
+
+
+def _no_canvas(given: dict[str, Any]) -> None:
+    """Raises ElisionError for an option that a diffusion model does not take."""
+    for option, value in given.items():
+        if value:
+            raise ElisionError(
+                f"{option} takes an autoregressive model, and this is a masked diffusion model"
+            )
 
 
 def check_form(bits: int | None, runtime: str) -> None:

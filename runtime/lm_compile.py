@@ -150,14 +150,20 @@ def step_graph(
     return Compiled(lowered.graph, prelude, _source_of(example or {}, prelude), notes)
 
 
-def with_largest(graph: Graph, context: PassContext, tell: Tell, notes: list[str]) -> Graph:
-    """The step graph with the largest scores of every kept row as outputs `values` and `indices`, and all scores only
-    of the rows that a new input `ask` names. Where something stands behind the head's product (a cap, a scale), which
-    could make ties of scores that differ, the graph stays and a note says so: scores are then read whole."""
+def with_largest(
+    graph: Graph, context: PassContext, tell: Tell, notes: list[str], spread: bool = False
+) -> Graph:
+    """The step graph with the largest scores of every kept row as outputs `values` and `indices` (with `spread`, as the
+    pass `head` has it), and all scores only of the rows that a new input `ask` names. Where something stands behind the
+    head's product (a cap, a scale), which could make ties of scores that differ, the graph stays and a note says so:
+    scores are then read whole."""
     width = graph.outputs[0].shape[-1] if graph.outputs[0].shape else None
     k = min(LARGEST, width) if isinstance(width, int) else LARGEST
+    more = " spread=true" if spread else ""
     try:
-        return run(graph, parse(f"head{{k={k} beside=true}},keep-rows{{name=ask}}"), context, tell).graph
+        return run(
+            graph, parse(f"head{{k={k} beside=true{more}}},keep-rows{{name=ask}}"), context, tell
+        ).graph
     except Refused as reason:
         notes.append(f"head: {reason}")
         return graph
@@ -176,14 +182,20 @@ def pipeline(wanted: Wanted, capacity: int, formats: Formats) -> list[Pass]:
     """What comes before the head and lowering. Weights are rounded in the plain graph, which sample texts run through
     as they are."""
     text = [f"skip-layers{{share={wanted.skip}}}"] if wanted.skip else []
-    bits = wanted.bits if wanted.bits is not None else 8 if formats.counts else 32
-    if bits != 32:
-        head = "" if wanted.head_bits is None else f" head_bits={wanted.head_bits}"
-        text.append(f"quantize{{bits={bits} group={wanted.group} method={wanted.method}{head}}}")
+    text += quantizing(wanted, formats)
     text += [f"incremental{{capacity={capacity}}}", *(["key-scores"] if wanted.key_scores else [])]
     text += [f'taps{{where="{wanted.taps}"}}'] if wanted.taps else []
     text += ["keep-rows", "fix-rows"]
     return parse(",".join(text))
+
+
+def quantizing(wanted: Wanted, formats: Formats) -> list[str]:
+    """The pass that makes the weights what is wanted, [] where they stay."""
+    bits = wanted.bits if wanted.bits is not None else 8 if formats.counts else 32
+    if bits == 32:
+        return []
+    head = "" if wanted.head_bits is None else f" head_bits={wanted.head_bits}"
+    return [f"quantize{{bits={bits} group={wanted.group} method={wanted.method}{head}}}"]
 
 
 def _source_of(example: dict[str, np.ndarray], prelude: Graph | None) -> dict[str, np.ndarray]:

@@ -50,8 +50,12 @@ class _Logits(torch.nn.Module):
         super().__init__()
         self.model = model
 
+        taken = inspect.signature(model.forward).parameters
+        any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+        kept = {"use_cache": False} if any_name or "use_cache" in taken else {}
+
         def forward(**inputs: torch.Tensor) -> torch.Tensor:
-            return self.model(**inputs, use_cache=False).logits
+            return self.model(**inputs, **kept).logits
 
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -82,6 +82,8 @@ def _auto_class(transformers: Any, source: Source) -> Any:
     if config.get("is_encoder_decoder"):
         speech = "Speech" in names[0] or config["model_type"] == "whisper"
         return transformers.AutoModelForSpeechSeq2Seq if speech else transformers.AutoModelForSeq2SeqLM
+    if names[0].endswith("ForMaskedLM"):
+        return transformers.AutoModelForMaskedLM
     return transformers.AutoModelForCausalLM
 
 

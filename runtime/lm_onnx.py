@@ -29,7 +29,7 @@ class OnnxSteps:
     def __init__(
         self, model: Path | bytes, vocabulary: int, prelude: Path | bytes | None = None, threads: int = 0
     ) -> None:
-        self._session = _session(model, threads)
+        self._session = start_session(model, threads)
         self._binding = self._session.io_binding()
         self._inputs = {item.name: item for item in self._session.get_inputs()}
         self._scores = self._session.get_outputs()[0].name
@@ -48,12 +48,14 @@ class OnnxSteps:
         self._ranks = "ask" in self._inputs and "indices" in made
         known = {self._scores, *(f"{name}.out" for name in caches)}
         self._taps = {name: int(made[name].shape[-1]) for name in made if is_tap(name)}
-        for extra in set(made) - known - set(self._taps) - ({"values", "indices"} if self._ranks else set()):
+        self._spreads = self._ranks and "spread" in made
+        ranked = {"values", "indices", "spread"} if self._ranks else set()
+        for extra in set(made) - known - set(self._taps) - ranked:
             self._binding.bind_output(extra, "cpu")
         self.capacity = int(self._inputs[caches[0]].shape[1])
         self.vocabulary = vocabulary
         self.largest_k = int(made["indices"].shape[-1]) if self._ranks else min(LARGEST, vocabulary)
-        self._prelude = None if prelude is None else _session(prelude, threads)
+        self._prelude = None if prelude is None else start_session(prelude, threads)
         self._begun = {name for name in self._inputs if name.startswith("cross.")}
 
     def _bind(self, name: str, array: np.ndarray) -> None:
@@ -77,6 +79,19 @@ class OnnxSteps:
         self._run(rows, np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64), 0)
         hidden = self.hidden
         return Largest(self._outputs["values"][0], self._outputs["indices"][0], hidden)
+
+    def scored(
+        self, rows: Rows, keep: np.ndarray, whole: bool
+    ) -> tuple[Largest, np.ndarray | None, np.ndarray | None]:
+        """`largest`; the log-sum and entropy float32 [R, 2] of each row's scores, and with `whole` the scores
+        themselves. Without a head that tells them there are scores alone, of which the rest is taken."""
+        if not self._ranks:
+            scores = self.step(rows, keep.tolist())
+            return largest_of(scores, self.largest_k), None, scores
+        self._run(rows, keep, len(keep) if whole else 0)
+        found = Largest(self._outputs["values"][0], self._outputs["indices"][0])
+        spread = self._outputs["spread"][0] if self._spreads else None
+        return found, spread, self._outputs[self._scores][0] if whole else None
 
     @property
     def hidden(self) -> np.ndarray | None:
@@ -105,6 +120,8 @@ class OnnxSteps:
         if self._ranks:
             self._output("values", (1, len(keep), self.largest_k), np.float32)
             self._output("indices", (1, len(keep), self.largest_k), np.int64)
+        if self._spreads:
+            self._output("spread", (1, len(keep), 2), np.float32)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's own exceptions share no base but Exception
@@ -119,6 +136,11 @@ class OnnxSteps:
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         self._caches.move(source, target)
 
+    @property
+    def caches(self) -> dict[str, np.ndarray]:
+        """The caches [heads, slots, width] by name, to be written into."""
+        return self._caches.views
+
     def begin(self, inputs: dict[str, Any]) -> None:
         if self._prelude is None:
             raise ElisionError("this model has no encoder")
@@ -130,7 +152,7 @@ class OnnxSteps:
         self._begun = set()
 
 
-def _session(model: Path | bytes, threads: int) -> Any:
+def start_session(model: Path | bytes, threads: int) -> Any:
     import onnxruntime
 
     from .session import session

@@ -68,10 +68,10 @@ def open_model(
             return replace(_opened(kept, str(model), tokenizer, threads, notify), key=name)
         except ModelFileError:
             shutil.rmtree(kept.folder, ignore_errors=True)  # damaged: compiled anew
-    compiler = _Compiler(source, wanted, threads, notify)
+    compiler = Compiler(source, wanted, threads, notify)
     if tokenizer is None:
         notify("reading the tokenizer")
-        tokenizer = _tokenizer(source)
+        tokenizer = read_tokenizer(source)
     artefact = lm_artefact.write(name, lambda folder: compiler.fill(folder, tokenizer))
     opened = _opened(artefact, str(model), tokenizer, threads, notify)
     if name is None:
@@ -87,7 +87,7 @@ def check(source: Source) -> None:
         read(source.path)
 
 
-def _tokenizer(source: Source) -> Any:
+def read_tokenizer(source: Source) -> Any:
     from .lm_load import load_tokenizer
 
     return load_tokenizer(source)
@@ -100,7 +100,7 @@ def _open_module(module: Any, tokenizer: Any, wanted: Wanted, threads: int, noti
         kind = type(module).__name__
         raise ElisionError(f"a model is a path, the name of a package or a transformers model, not a {kind}")
     facts = facts_of_module(module)
-    compiler = _Compiler(None, wanted, threads, notify, module=module, facts=facts)
+    compiler = Compiler(None, wanted, threads, notify, module=module, facts=facts)
     artefact = lm_artefact.write(None, lambda folder: compiler.fill(folder, tokenizer))
     opened = _opened(artefact, type(module).__name__, tokenizer, threads, notify)
     weakref.finalize(opened.model, shutil.rmtree, artefact.folder, True)
@@ -152,7 +152,7 @@ def start(folder: Path, runtime: str, vocabulary: int, threads: int, scored: boo
 
 
 # ---- making --------------------------------------------------------------------------------------------
-class _Compiler:
+class Compiler:
     """Fills a folder with a compiled model."""
 
     def __init__(
@@ -171,7 +171,7 @@ class _Compiler:
     def fill(self, folder: Path, tokenizer: Any) -> dict[str, Any]:
         """Returns what artefact.json says."""
         wanted = self.wanted
-        graph, example = self._plain()
+        graph, example = self.plain()
         facts = self.facts
         assert facts is not None
         if tokenizer is not None:
@@ -212,7 +212,7 @@ class _Compiler:
             "notes": compiled.notes,
         }
 
-    def _plain(self) -> tuple[Any, dict[str, np.ndarray]]:
+    def plain(self) -> tuple[Any, dict[str, np.ndarray]]:
         if self.source is not None and self.source.kind == "onnx":
             if self.wanted.runtime == "torch":
                 raise ElisionError("an ONNX file runs with --runtime onnxruntime")

@@ -61,6 +61,23 @@ class TorchSteps:
         results = dict(zip(self._outputs, self._run(rows, wanted, 0)))
         return Largest(results["values"][0].numpy(), results["indices"][0].numpy(), self.hidden)
 
+    def scored(
+        self, rows: Rows, keep: np.ndarray, whole: bool
+    ) -> tuple[Largest, np.ndarray | None, np.ndarray | None]:
+        """As of `lm_onnx.OnnxSteps`."""
+        if not self._ranks:
+            scores = self.step(rows, keep.tolist())
+            return largest_of(scores, self.largest_k), None, scores
+        results = dict(zip(self._outputs, self._run(rows, keep, len(keep) if whole else 0)))
+        found = Largest(results["values"][0].numpy(), results["indices"][0].numpy())
+        spread = results["spread"][0].numpy() if "spread" in results else None
+        return found, spread, results[self._outputs[0]][0].numpy() if whole else None
+
+    @property
+    def caches(self) -> dict[str, np.ndarray]:
+        """The caches [heads, slots, width] by name, to be written into."""
+        return self._block.views
+
     @torch.inference_mode()
     def _run(self, rows: Rows, keep: np.ndarray, scored: int) -> list[torch.Tensor]:
         """scored: how many of the kept rows' scores are wanted whole, all of them or none."""

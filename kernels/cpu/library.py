@@ -86,7 +86,7 @@ class Pack(Structure):
 
 class Linear(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "packed", "bias", "norm", "out", "values", "indices")),
+        *((name, c_void_p) for name in ("x", "packed", "bias", "norm", "out", "values", "indices", "spread")),
         *((name, c_int64) for name in ("rows", "width", "channels", "packed_bytes", "k")),
         *((name, c_float) for name in ("eps", "norm_offset")),
         ("dtype", c_int32),

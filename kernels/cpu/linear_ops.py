@@ -1,6 +1,7 @@
-"""The products in torch: torch.ops.elision_cpu.linear_nbits, linear_rows and linear_topk.
+"""The products in torch: torch.ops.elision_cpu.linear_nbits, linear_rows, linear_topk and linear_spread.
 
-For constant weights there are `linear_packed` and `linear_topk_packed`, which take what `pack` made of them once."""
+For constant weights there are `linear_packed`, `linear_topk_packed` and `linear_spread_packed`, which take what `pack`
+made of them once."""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ def linear_packed(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, chan
     width, bias = x.shape[-1], _vector(bias, channels, "bias")
     out = x.new_empty((*x.shape[:-1], channels))
     args = library.Linear(
-        *map(_at, (x, packed, bias, None, out, None, None)),
+        *map(_at, (x, packed, bias, None, out, None, None, None)),
         *(x.numel() // max(width, 1), width, channels, packed.numel(), 0, 0.0, 0.0, dtype),
     )
     call("elision_linear", args, torch.get_num_threads())
@@ -100,6 +101,35 @@ def linear_topk_packed(
     eps: float = 1e-6,
     norm_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
+    return _largest(x, packed, bias, norm, None, channels, k, eps, norm_offset)
+
+
+def linear_spread_packed(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    *,
+    channels: int,
+    k: int,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spread = torch.empty((*x.shape[:-1], 2), dtype=torch.float32)
+    return *_largest(x, packed, bias, norm, spread, channels, k, eps, norm_offset), spread
+
+
+def _largest(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    spread: Tensor | None,
+    channels: int,
+    k: int,
+    eps: float,
+    norm_offset: float,
+) -> tuple[Tensor, Tensor]:
     dtype, x, packed = _float_type("linear_topk", x), x.contiguous(), packed.contiguous()
     width = x.shape[-1]
     bias, norm = _vector(bias, channels, "bias"), _vector(norm, width, "norm")
@@ -110,7 +140,7 @@ def linear_topk_packed(
         raise ValueError(f"linear_topk: k is between 1 and {channels}, not {k}")
     if values.numel():
         args = library.Linear(
-            *map(_at, (x, packed, bias, norm, None, values, indices)),
+            *map(_at, (x, packed, bias, norm, None, values, indices, spread)),
             *(x.numel() // max(width, 1), width, channels, packed.numel(), k, eps, norm_offset, dtype),
         )
         call("elision_linear", args, torch.get_num_threads())
@@ -154,10 +184,30 @@ def linear_topk(
     norm: Tensor | None = None,
     **attrs: Any,
 ) -> tuple[Tensor, Tensor]:
+    packed, more = _packed_now(x, weight, scales, zeros, attrs)
+    return linear_topk_packed(x, packed, bias, norm, **more)
+
+
+def linear_spread(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    **attrs: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    packed, more = _packed_now(x, weight, scales, zeros, attrs)
+    return linear_spread_packed(x, packed, bias, norm, **more)
+
+
+def _packed_now(
+    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, attrs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
     bits = attrs["bits"] if scales is not None else 8 * weight.element_size()
     packed = pack(weight, scales, zeros, bits=bits, group=attrs["group"], width=x.shape[-1])
     more = {name: attrs[name] for name in ("k", "eps", "norm_offset")}
-    return linear_topk_packed(x, packed, bias, norm, channels=weight.shape[0], **more)
+    return packed, {"channels": weight.shape[0], **more}
 
 
 # ---- what they refuse ----------------------------------------------------------------------------------
@@ -205,7 +255,14 @@ def _empty_largest(x: Tensor, *rest: Any, k: int, **attrs: Any) -> tuple[Tensor,
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 
 
-KERNELS = {function.__name__: _register(function) for function in (linear_nbits, linear_rows, linear_topk)}
+def _empty_spread(x: Tensor, *rest: Any, k: int, **attrs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_empty_largest(x, *rest, k=k), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
+
+
+KERNELS = {
+    function.__name__: _register(function)
+    for function in (linear_nbits, linear_rows, linear_topk, linear_spread)
+}
 """The kernels by op name."""
 _register_packed(
     linear_packed,
@@ -217,4 +274,10 @@ _register_packed(
     "(Tensor x, Tensor packed, Tensor? bias=None, Tensor? norm=None, *, int channels, int k, float eps=1e-06, "
     "float norm_offset=0.0) -> (Tensor values, Tensor indices)",
     _empty_largest,
+)
+_register_packed(
+    linear_spread_packed,
+    "(Tensor x, Tensor packed, Tensor? bias=None, Tensor? norm=None, *, int channels, int k, float eps=1e-06, "
+    "float norm_offset=0.0) -> (Tensor values, Tensor indices, Tensor spread)",
+    _empty_spread,
 )

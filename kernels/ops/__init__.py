@@ -54,6 +54,7 @@ _ALL = (
     linear_nbits.OP,
     linear_rows.OP,
     linear_topk.OP,
+    linear_topk.SPREAD,
     embedding_nbits.OP,
 )
 

@@ -126,4 +126,5 @@ def linear_calls() -> list[Call]:
             {"bits": 16, "group": 0, "k": 7},
         )
     )
+    found += [("linear_spread", *rest) for op, *rest in found if op == "linear_topk"]
     return found

@@ -13,7 +13,6 @@ namespace elision {
 namespace {
 
 constexpr std::align_val_t LINE{64};
-constexpr int SLOTS = 3;
 
 struct Kept {
   void* data = nullptr;
@@ -21,7 +20,7 @@ struct Kept {
   bool lent = false;
 };
 struct Memory {
-  Kept kept[SLOTS];
+  Kept kept[SCRATCHES];
   ~Memory() {
     for (Kept& one : kept) ::operator delete(one.data, LINE);
   }

@@ -49,7 +49,7 @@ struct Kernels {
 };
 
 // Scratch slots.
-enum { CALL_FLOATS, CALL_INDICES, TASK_FLOATS };
+enum { CALL_FLOATS, CALL_INDICES, CALL_SUMS, TASK_FLOATS, SCRATCHES };
 
 // What the first failing task of a call says. Tasks only set it; the caller reads it when all are done.
 struct Trouble {

@@ -109,14 +109,15 @@ typedef struct {
 } elision_pack_args;
 
 // The product of x [rows, width] with a packed weight: out [rows, channels], or with `values` the k largest of a row and
-// where they are, descending, the first among equals first. norm [width]: x / sqrt(mean(x^2) + eps) * (norm + norm_offset)
-// takes the place of x.
+// where they are, descending, the first among equals first; with `spread` besides, of the softmax of all channels, the log
+// of the sum and the entropy. norm [width]: x / sqrt(mean(x^2) + eps) * (norm + norm_offset) takes the place of x.
 typedef struct {
   const void *x, *packed;
   const float *bias, *norm;  // [channels], [width]; null: none
   void* out;
   float* values;     // [rows, k] or null
   int64_t* indices;  // [rows, k]
+  float* spread;     // [rows, 2] or null
   int64_t rows, width, channels, packed_bytes, k;
   float eps, norm_offset;
   int32_t dtype;  // of x and out

@@ -6,6 +6,7 @@
 #pragma once
 #include "common.h"
 #include "floats_tile.h"
+#include "functions.h"
 #include "nbits_tile.h"
 
 namespace elision {
@@ -13,6 +14,7 @@ namespace ELISION_VARIANT {
 
 constexpr int64_t BLOCK_ROWS = 240;  // a multiple of the rows of every kind of panel
 static_assert(BLOCK_ROWS % NBITS_ROWS == 0 && BLOCK_ROWS % FLOATS_ROWS == 0, "panels are whole");
+constexpr float LOWEST = -1e30f;  // finite: it is multiplied by 0
 constexpr int64_t TASK_NANOSECONDS = 4000, MOST_TASKS = 64;
 
 template <class T>
@@ -32,6 +34,7 @@ struct Linear {
   // the largest of each chunk of tiles, [chunk][row][k]
   float* best;
   int32_t* place;
+  float* sums;  // [row][maximum, sum, weighted sum][tile], for the spread
 
   int panel_rows(int64_t panel) const {
     const int64_t left = rows - panel * most;
@@ -133,6 +136,7 @@ struct Linear {
     const int64_t count = smaller(tile_width, args.channels - channel);
     if (args.bias != nullptr)
       for (int64_t i = 0; i < count; ++i) found[i] += args.bias[channel + i];
+    if (sums != nullptr) add_up(found, row, channel / tile_width, count);
     if (best != nullptr) return keep_best(found, row, channel, count, chunk);
     T* to = static_cast<T*>(args.out) + (first_row + row) * args.channels + channel;
     for (int64_t i = 0; i < count; i += W) {
@@ -142,6 +146,45 @@ struct Linear {
       else
         store(to + i, load(found + i), n);
     }
+  }
+
+  // ---- the spread ----------------------------------------------------------------------------------------
+  // Of each tile: its maximum m, the sum of e = exp(x - m), that of e * (x - m). Tiles are merged at the end and in their
+  // order, so that a row's bits do not depend on who took which tile.
+  static ELISION_INLINE Vec upper(Vec a, Vec b) { return elision::ELISION_VARIANT::most(a, b); }
+  void add_up(const float* found, int64_t row, int64_t tile, int64_t count) const {
+    constexpr int64_t MOST = TILE_NBITS > TILE_FLOATS ? TILE_NBITS : TILE_FLOATS;
+    static_assert(MOST % W == 0, "whole vectors");
+    alignas(64) float x[MOST];
+    for (int64_t i = 0; i < MOST; ++i) x[i] = i < count ? found[i] : LOWEST;
+    Vec top = set(LOWEST), total = set(0.0f), weighted = set(0.0f);
+    for (int64_t i = 0; i < MOST; i += W) top = upper(top, load(x + i));
+    const float highest = maximum(top);
+    for (int64_t i = 0; i < MOST; i += W) {
+      const Vec less = upper(set(LOWEST), sub(load(x + i), set(highest))), e = exponential(less);
+      total = add(total, e);
+      weighted = fma(e, less, weighted);
+    }
+    float* to = sums + row * 3 * tile_count + tile;
+    to[0] = highest, to[tile_count] = sum(total), to[2 * tile_count] = sum(weighted);
+  }
+
+  void merge_sums(int64_t row) const {
+    const float* highest = sums + row * 3 * tile_count;
+    const float *totals = highest + tile_count, *weighted = totals + tile_count;
+    float top = LOWEST;
+    for (int64_t i = 0; i < tile_count; ++i) top = larger(top, highest[i]);
+    Vec all = set(0.0f), moment = set(0.0f);
+    for (int64_t i = 0; i < tile_count; i += W) {
+      const int64_t n = smaller<int64_t>(W, tile_count - i);
+      const Vec less = upper(set(LOWEST), sub(load(highest + i, n), set(top)));
+      const Vec scale = exponential(less), part = mul(scale, load(totals + i, n));
+      all = add(all, part);  // beyond n the totals are 0
+      moment = add(moment, fma(scale, load(weighted + i, n), mul(part, less)));
+    }
+    const float logged = __builtin_logf(sum(all));
+    args.spread[2 * (first_row + row)] = top + logged;
+    args.spread[2 * (first_row + row) + 1] = logged - sum(moment) / sum(all);
   }
 
   // ---- the largest -----------------------------------------------------------------------------------------
@@ -195,7 +238,7 @@ int linear_of(const elision_linear_args& args, const PackedHeader& header, const
   const char* op = args.values == nullptr ? "linear" : "linear_topk";
   Trouble trouble;
   Linear<T> l{args, header, static_cast<const uint8_t*>(args.packed) + PACKED_HEADER, {}, few_bits(header.bits), 0, 0,
-              tile_channels(header), tiles_of(header), nullptr, 0, 0, 0, 0, 0, 0, &trouble, nullptr, nullptr};
+              tile_channels(header), tiles_of(header), nullptr, 0, 0, 0, 0, 0, 0, &trouble, nullptr, nullptr, nullptr};
   if (l.bytes) {
     l.shape.block = header.group == 16 ? 16 : 32;
     l.shape.groups = header.groups, l.shape.per_group = header.group / l.shape.block, l.shape.bits = header.bits;
@@ -237,10 +280,16 @@ int linear_of(const elision_linear_args& args, const PackedHeader& header, const
       l.best = static_cast<float*>(largest.data());
       l.place = reinterpret_cast<int32_t*>(l.best + kept);
     }
+    const int64_t summed = args.spread == nullptr ? 0 : 3 * l.rows * l.tile_count;
+    const Scratch sums(CALL_SUMS, static_cast<size_t>(summed) * sizeof(float));
+    if (sums.data() == nullptr) return fail(error, room, "%s: out of memory", op);
+    if (args.spread != nullptr) l.sums = static_cast<float*>(sums.data());
     if (trouble.code.load() == 0) runner.run(runner.self, task, &l, static_cast<size_t>(chunks * l.panel_chunks));
     if (trouble.code.load() != 0) return explain(trouble, op, error, room);
     if (args.values != nullptr)
       for (int64_t row = 0; row < l.rows; ++row) l.merge_best(row, chunks);
+    if (args.spread != nullptr)
+      for (int64_t row = 0; row < l.rows; ++row) l.merge_sums(row);
   }
   return 0;
 }

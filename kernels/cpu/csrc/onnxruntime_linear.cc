@@ -119,8 +119,8 @@ const float* vector(const Kernel& kernel, OrtKernelContext* context, size_t inde
   return static_cast<const float*>(t.data);
 }
 
-// bias: where it stands among the operands; norm: 0, or where that stands.
-void product(const Kernel& kernel, OrtKernelContext* context, size_t bias, size_t norm) {
+// bias: where it stands among the operands; norm: 0, or where that stands. spread: whether that is put out as well.
+void product(const Kernel& kernel, OrtKernelContext* context, size_t bias, size_t norm, bool spread = false) {
   const Tensor x = kernel.input(context, 0);
   if (x.rank < 1) stop(std::string(kernel.op->name) + ": x has no columns");
   elision_linear_args args{};
@@ -149,6 +149,8 @@ void product(const Kernel& kernel, OrtKernelContext* context, size_t bias, size_
       stop("linear_topk: k is between 1 and " + std::to_string(args.channels) + ", not " + std::to_string(args.k));
     args.values = static_cast<float*>(kernel.output(context, 0, dims, x.rank));
     args.indices = static_cast<int64_t*>(kernel.output(context, 1, dims, x.rank));
+    dims[x.rank - 1] = 2;
+    if (spread) args.spread = static_cast<float*>(kernel.output(context, 2, dims, x.rank));
     if (args.rows == 0) return;  // the address of nothing may be null, which would ask for the whole product
   }
   call(elision_linear, args, kernel, context);
@@ -157,6 +159,7 @@ void product(const Kernel& kernel, OrtKernelContext* context, size_t bias, size_
 void nbits(const Kernel& kernel, OrtKernelContext* context) { product(kernel, context, 4, 0); }
 void rows(const Kernel& kernel, OrtKernelContext* context) { product(kernel, context, 2, 0); }
 void topk(const Kernel& kernel, OrtKernelContext* context) { product(kernel, context, 4, 5); }
+void spread(const Kernel& kernel, OrtKernelContext* context) { product(kernel, context, 4, 5, true); }
 
 }  // namespace
 
@@ -167,6 +170,8 @@ void add_linear_ops(Ops& all) {
     all.push_back(make("linear_rows", t, {t, any, f}, {t}, {false, false, true}, rows, prepare));
     all.push_back(make("linear_topk", t, {t, any, any, any, f, f}, {f, ORT_INT64}, {false, false, true, true, true, true},
                        topk, prepare));
+    all.push_back(make("linear_spread", t, {t, any, any, any, f, f}, {f, ORT_INT64, f},
+                       {false, false, true, true, true, true}, spread, prepare));
   }
 }
 

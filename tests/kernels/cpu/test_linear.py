@@ -32,7 +32,9 @@ if cpu.available():
     cpu.kernels()
 
 ROOT = Path(__file__).parents[3]
-LINEAR = [case for case in CASES if case.op in ("linear_nbits", "linear_rows", "linear_topk")]
+LINEAR = [
+    case for case in CASES if case.op in ("linear_nbits", "linear_rows", "linear_topk", "linear_spread")
+]
 
 
 @pytest.mark.parametrize("variant", cpu.variants() if cpu.available() else ["portable"])
