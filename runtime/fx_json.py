@@ -7,6 +7,7 @@ Symbolic lengths become the lengths of the example.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from typing import Any
@@ -17,6 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
+from ..kernels.kernel import NAMESPACES, TORCH_CPU, TORCH_CUDA
 from ..passes.errors import ElisionError
 
 EMBED = 4096
@@ -184,11 +186,23 @@ def decode_target(name: str) -> Any:
     parts = name.split(".")
     found = None
     if len(parts) == 4 and parts[0] == "ops" and all(part.isidentifier() for part in parts):
+        _register(parts[1])
         packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
         found = getattr(packet, parts[3], None)
     if not isinstance(found, torch._ops.OpOverload):
         raise ElisionError(f"the reproducer calls {name!r}, which is not an operator here")
     return found
+
+
+def _register(namespace: str) -> None:
+    """Ours are operators as soon as their modules are loaded, and a kept graph may be the first to ask for one."""
+    from ..kernels import cpu, gpu  # which registers the definitions
+
+    if namespace == NAMESPACES[TORCH_CPU] and cpu.available():
+        cpu.kernels()
+    elif namespace == NAMESPACES[TORCH_CUDA]:
+        with contextlib.suppress(ModuleNotFoundError):  # without Triton none is an operator
+            gpu.load()
 
 
 def _decode_value(entry: Any, seed: int) -> Any:

@@ -70,7 +70,7 @@ def load(folder: Path) -> tuple[fx.GraphModule, dict[str, Any]]:
         data = json.loads((folder / GRAPH).read_text())
         tensors = load_file(str(folder / TENSORS))
         return _rebuild(data.pop("nodes"), tensors), data
-    except ElisionError:
+    except ModelFileError:
         raise
     except Exception as error:  # a damaged cache fails in any of the parsers below
         raise ModelFileError(f"{folder}: the kept graph cannot be read ({first_line(error)})") from error

@@ -276,6 +276,20 @@ def test_what_was_compiled_is_kept(folder, own_cache, runtime, monkeypatch):
     assert "tracing the model" in steps
 
 
+def test_a_fresh_process_takes_what_was_kept(folder, own_cache):
+    """Nothing but the kept graph asks for our operators there."""
+    plain = elision.Generator(folder, runtime="torch", context=40).generate([5, 6, 7], max_new_tokens=4)
+    code = (
+        "import sys, elision; told = []\n"
+        "g = elision.Generator(sys.argv[1], runtime='torch', context=40, notify=told.append)\n"
+        "assert 'tracing the model' not in told, told\n"
+        "print(g.generate([5, 6, 7], max_new_tokens=4).token_ids)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == plain.token_ids
+
+
 def test_nothing_is_kept_on_request(folder, own_cache, tmp_path, monkeypatch):
     import tempfile
 
