@@ -48,7 +48,7 @@ RUNTIMES = ("onnxruntime", "torch")
 
 
 def run(quick: bool) -> dict[str, Any]:
-    trained = _trained(2 if quick else 12, 64 if quick else POSITIONS - PROMPT)
+    trained = _trained(2 if quick else 8, 64 if quick else POSITIONS - PROMPT)
     large = _large(512 if quick else LARGE)
     eager = _eager(256 if quick else 1024)
     one = trained["onnxruntime"]

@@ -15,7 +15,7 @@ namespace ELISION_VARIANT {
 constexpr int64_t BLOCK_ROWS = 240;  // a multiple of the rows of every kind of panel
 static_assert(BLOCK_ROWS % NBITS_ROWS == 0 && BLOCK_ROWS % FLOATS_ROWS == 0, "panels are whole");
 constexpr float LOWEST = -1e30f;  // finite: it is multiplied by 0
-constexpr int64_t TASK_NANOSECONDS = 4000, MOST_TASKS = 64;
+constexpr int64_t TASK_NANOSECONDS = 4000, MOST_TASKS = 64, RANKED_TASKS = 12;
 
 template <class T>
 struct Linear {
@@ -260,8 +260,10 @@ int linear_of(const elision_linear_args& args, const PackedHeader& header, const
     const double columns = static_cast<double>(args.width), lanes = static_cast<double>(l.tile_width);
     const double nanoseconds = larger(static_cast<double>(header.tile_bytes) / 15.0,
                                       static_cast<double>(l.rows) * columns * lanes / (l.bytes ? 200.0 : 50.0));
+    // Each chunk of tiles keeps its own largest, which it has to find first: few chunks where that is what is asked for.
+    const int64_t limit = args.values == nullptr ? MOST_TASKS : RANKED_TASKS;
     const int64_t wanted = larger<int64_t>(
-        1, smaller<int64_t>(MOST_TASKS, static_cast<int64_t>(nanoseconds * static_cast<double>(l.tile_count)) / TASK_NANOSECONDS));
+        1, smaller<int64_t>(limit, static_cast<int64_t>(nanoseconds * static_cast<double>(l.tile_count)) / TASK_NANOSECONDS));
     l.chunk_tiles = larger<int64_t>(1, l.tile_count / wanted);
     const int64_t chunks = (l.tile_count + l.chunk_tiles - 1) / l.chunk_tiles;
     l.panel_chunks = larger<int64_t>(1, smaller(l.panel_count, wanted / chunks));
