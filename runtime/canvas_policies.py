@@ -122,7 +122,7 @@ class Window:
     window: int = 128
     active: int = 32
     refresh: int = 32
-    form: str = CONTIGUOUS
+    form: str = SCATTERED
     extent: str = PREFIX
     slide: bool = True
     compat: str | None = None

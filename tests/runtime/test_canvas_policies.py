@@ -143,7 +143,7 @@ def span(low: int, high: int) -> list[int]:
 
 
 def test_contiguous_window():
-    told = story(Window(5, 2, 4), canvas_ids([1, 1], 10, MASK), [[3], [2], [5], [4], [6]])
+    told = story(Window(5, 2, 4, form="contiguous"), canvas_ids([1, 1], 10, MASK), [[3], [2], [5], [4], [6]])
     assert told == [
         (True, span(0, 7), span(0, 7), [2, 3]),
         (False, span(2, 5), span(0, 7), [2, 4]),
@@ -154,7 +154,9 @@ def test_contiguous_window():
 
 
 def test_contiguous_window_that_does_not_slide():
-    told = story(Window(5, 2, 4, slide=False), canvas_ids([1, 1], 10, MASK), [[3], [2], [4]])
+    told = story(
+        Window(5, 2, 4, slide=False, form="contiguous"), canvas_ids([1, 1], 10, MASK), [[3], [2], [4]]
+    )
     assert told == [
         (True, span(0, 7), span(0, 7), [2, 3]),
         (False, span(2, 4), span(0, 7), [2]),
@@ -163,7 +165,7 @@ def test_contiguous_window_that_does_not_slide():
 
 
 def test_contiguous_window_as_published():
-    policy = Window(5, 2, 3, compat="reference")
+    policy = Window(5, 2, 3, compat="reference", form="contiguous")
     told = story(policy, canvas_ids([1, 1], 10, MASK), [[2], [3], [], [4]])
     assert told == [
         (True, span(0, 6), span(0, 6), [2]),
@@ -198,14 +200,21 @@ def test_scattered_window_with_full_refreshes():
 
 def test_the_next_refresh_comes_early_where_a_window_runs_dry():
     ids = canvas_ids([], 12, MASK)
-    refreshed = [step[0] for step in story(Window(4, 4, 99), ids, [[n] for n in range(12)])]
+    refreshed = [
+        step[0] for step in story(Window(4, 4, 99, form="contiguous"), ids, [[n] for n in range(12)])
+    ]
     assert refreshed == [True, False, False, False] * 3
     refreshed = [
-        step[0] for step in story(Window(4, 4, 99), ids, [[n, n + 1] for n in range(0, 12, 2)], wanted=2)
+        step[0]
+        for step in story(
+            Window(4, 4, 99, form="contiguous"), ids, [[n, n + 1] for n in range(0, 12, 2)], wanted=2
+        )
     ]
     assert refreshed == [True, False] * 3
     # The last mask: a refresh has no more of them than the step.
-    refreshed = [step[0] for step in story(Window(4, 4, 99), ids[:3], [[0], [1], [2]], wanted=2)]
+    refreshed = [
+        step[0] for step in story(Window(4, 4, 99, form="contiguous"), ids[:3], [[0], [1], [2]], wanted=2)
+    ]
     assert refreshed == [True, False, False]
 
 
@@ -255,9 +264,9 @@ def test_blocks_are_counted_from_the_first_mask_and_hold_masks():
 def test_given_text_behind_the_window():
     """Unread until the window reaches it, or, with full refreshes, read throughout."""
     ids = np.array([1, MASK, MASK, MASK, 1, MASK, 1, 1])
-    told = story(Window(2, 1, 3), ids, [[1], [2], [3], [5]])
+    told = story(Window(2, 1, 3, form="contiguous"), ids, [[1], [2], [3], [5]])
     assert [step[2] for step in told] == [span(0, 3), span(0, 3), span(0, 8), span(0, 8)]
-    told = story(Window(2, 1, 3, extent="full"), ids, [[1], [2]])
+    told = story(Window(2, 1, 3, extent="full", form="contiguous"), ids, [[1], [2]])
     assert [step[2] for step in told] == [span(0, 8), [0, 1, 2, 4, 6, 7]]
 
 
@@ -289,7 +298,7 @@ def test_rows():
         (lambda: Window(form="contigous"), "did you mean 'contiguous'"),
         (lambda: Window(extent="half"), "unknown extent"),
         (lambda: Window(compat="exact"), "unknown compat"),
-        (lambda: Window(1, 1, compat="reference"), "2 is the smallest"),
+        (lambda: Window(1, 1, form="contiguous", compat="reference"), "2 is the smallest"),
         (lambda: Prefix(0), "a block is 1 or more, not 0"),
         (lambda: Dual(0), "a block is 1 or more"),
         (lambda: Block(-1), "a block is 1 or more"),

@@ -234,7 +234,7 @@ def test_llada_variant_with_guidance_and_noise(options, seed):
 def test_dream_variant(numbers, slide, seed):
     outer, inner, cycle, steps = numbers
     model, x = make("dream", seed), canvas(seed, 20)
-    policy = Window(outer, inner, cycle, slide=slide, compat="reference")
+    policy = Window(outer, inner, cycle, slide=slide, compat="reference", form="contiguous")
     rule = Rule("entropy", "linear")
     found = ours(model, x, steps, True, policy=policy, rule=rule)
     assert found == published_d(model, x, outer, inner, cycle, steps, slide)
@@ -242,7 +242,7 @@ def test_dream_variant(numbers, slide, seed):
 
 def test_a_published_phase_may_find_nothing_to_decide():
     model, x = make("dream", 1), canvas(1, 20)
-    policy = Window(12, 3, 8, slide=False, compat="reference")
+    policy = Window(12, 3, 8, slide=False, compat="reference", form="contiguous")
     found = ours(model, x, 10, True, policy=policy, rule=Rule("entropy", "linear"))
     assert found == published_d(model, x, 12, 3, 8, 10, slide=False)
     assert {} in found
@@ -250,7 +250,7 @@ def test_a_published_phase_may_find_nothing_to_decide():
 
 def test_dream_variant_without_shift():
     model, x = make("llada", 5), canvas(5, 20)
-    policy = Window(12, 4, 4, compat="reference")
+    policy = Window(12, 4, 4, compat="reference", form="contiguous")
     found = ours(model, x, 16, False, policy=policy, rule=Rule("entropy", "linear"))
     assert found == published_d(model, x, 12, 4, 4, 16, shift=False)
 
@@ -259,7 +259,7 @@ def test_dream_variant_without_shift():
 @pytest.mark.parametrize("slide", [False, True])
 def test_dream_variant_that_stops_early(slide, seed):
     model, x = make("dream", seed), canvas(seed, 20)
-    policy = Window(12, 6, 5, slide=slide, compat="reference")
+    policy = Window(12, 6, 5, slide=slide, compat="reference", form="contiguous")
     rule = Rule("entropy", "linear")
     plain = published_d(model, x, 12, 6, 5, 60, slide)
     late = [token for step in plain[2:9] for token in step.values()]

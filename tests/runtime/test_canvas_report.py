@@ -58,7 +58,9 @@ def made() -> Result:
 
 
 def sampled(new=12, **options) -> Result:
-    sampler = Sampler(EagerCanvas(make("llada"), 64), MASK, policy=Window(6, 2, 3), **options)
+    sampler = Sampler(
+        EagerCanvas(make("llada"), 64), MASK, policy=Window(6, 2, 3, form="contiguous"), **options
+    )
     return sampler.run([canvas_ids([3, 1, 4], new, MASK)], trace=True)[0]
 
 
@@ -453,7 +455,11 @@ def test_it_follows_the_sampler(clock):
     screen, _ = console(200)
     canvases = [canvas_ids([3, 1], 9, MASK), canvas_ids([2], 5, MASK)]
     sampler = Sampler(
-        EagerCanvas(make("llada"), 64), MASK, policy=Window(6, 2, 3), eos=[EOS], early_stop=True
+        EagerCanvas(make("llada"), 64),
+        MASK,
+        policy=Window(6, 2, 3, form="contiguous"),
+        eos=[EOS],
+        early_stop=True,
     )
     results = {}
     with CanvasDisplay(canvases, MASK, words, console=screen) as display:

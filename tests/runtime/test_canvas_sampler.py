@@ -21,11 +21,11 @@ from .canvas_models import Diffusion, EagerCanvas, make
 MASK, EOS, V = 39, 38, 40
 MODELS = {kind: make(kind) for kind in ("llada", "dream")}
 POLICIES = {
-    "contiguous": Window(8, 3, 4),
-    "fixed": Window(8, 3, 4, slide=False),
+    "contiguous": Window(8, 3, 4, form="contiguous"),
+    "fixed": Window(8, 3, 4, slide=False, form="contiguous"),
     "scattered": Window(8, 3, 4, "scattered"),
     "full": Window(8, 3, 4, "scattered", "full"),
-    "published": Window(8, 3, 4, compat="reference"),
+    "published": Window(8, 3, 4, compat="reference", form="contiguous"),
     "prefix": Prefix(6),
     "dual": Dual(6),
     "delayed": Delayed(4),
@@ -93,7 +93,7 @@ def decisions(one: Sampler, ids, **options):
 
 # ---- exactness -----------------------------------------------------------------------------------------
 EXACT = {
-    "contiguous": Window(99, 99, 1),
+    "contiguous": Window(99, 99, 1, form="contiguous"),
     "scattered": Window(99, 99, 1, "scattered"),
     "full": Window(99, 99, 1, "scattered", "full"),
     "none": NoCache(),
@@ -126,7 +126,15 @@ def test_with_guidance_and_noise(kind, by):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("policy", [Window(99, 99, 9), Window(99, 99, 9, "scattered"), Dual(99), Prefix(99)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Window(99, 99, 9, form="contiguous"),
+        Window(99, 99, 9, "scattered"),
+        Dual(99),
+        Prefix(99),
+    ],
+)
 def test_a_step_that_computes_all_masks_after_nothing_changed(kind, policy):
     """A cached step after a refresh gives the same logits, where only keys and values of decided text are kept."""
     model = EagerCanvas(MODELS[kind])
@@ -199,7 +207,7 @@ def test_positions_behind_the_window_never_reach_the_model(kind):
     model.embed_tokens.weight[37] = torch.nan
     ids = np.concatenate([prompt_and_masks(30), [37] * 5])
     eager = EagerCanvas(model)
-    one = Sampler(eager, MASK, policy=Window(8, 3, 4), shift=kind == "dream")
+    one = Sampler(eager, MASK, policy=Window(8, 3, 4, form="contiguous"), shift=kind == "dream")
     for event in itertools.islice(one.stream([ids]), 21):
         masks = np.flatnonzero(ids == MASK)
         _, positions, passed = eager.calls[-1]
