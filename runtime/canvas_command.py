@@ -18,6 +18,7 @@ OPTIONS = {
     "active": "--active",
     "refresh": "--refresh",
     "block": "--block",
+    "form": "--form",
     "steps": "--steps",
     "policy": "--policy",
     "rule": "--rule",

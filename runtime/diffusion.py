@@ -24,15 +24,18 @@ from .canvas_step import CanvasModel
 from .generate import prompts_of
 from .lm_text import Text, check_ids
 
-_POLICY = {"window": ("window", "active", "refresh"), "prefix": ("block",), "dual": ("block",)}
+OPTIONS = ("window", "active", "refresh", "block", "form")
+"""Of policies; which has which is in `_POLICY`."""
+
+_POLICY = {"window": ("window", "active", "refresh", "form"), "prefix": ("block",), "dual": ("block",)}
 _POLICY |= {"delayed": ("refresh",), "block": ("block",), "none": ()}
 
 
 @dataclass(frozen=True)
 class How:
     """How a canvas is decided. policy: "window", "prefix", "dual", "delayed", "block", "none" or a
-    `canvas_policies.Policy`; window, active, refresh, block: its numbers, None for its own defaults. rule, schedule,
-    threshold, eos_rule, position_temperature: see `canvas_rules.Rule`; temperature, top_k, top_p, noise: see
+    `canvas_policies.Policy`; window, active, refresh, block, form: its options, None for its own defaults. rule,
+    schedule, threshold, eos_rule, position_temperature: see `canvas_rules.Rule`; temperature, top_k, top_p, noise: see
     `canvas_rules.Draw`; steps, guidance, early_stop, seed: see `canvas_sampler.Sampler`."""
 
     policy: Any = "window"
@@ -40,6 +43,7 @@ class How:
     active: int | None = None
     refresh: int | None = None
     block: int | None = None
+    form: str | None = None
     steps: int | None = None
     rule: str = "confidence"
     schedule: str = "even"
@@ -58,11 +62,7 @@ class How:
         """Raises ElisionError for what means nothing, numbers that the policy does not have among it."""
         rule = Rule(self.rule, self.schedule, self.threshold, self.position_temperature, self.eos_rule)
         draw = Draw(self.temperature, self.top_k, self.top_p, self.noise)
-        given = {
-            name: value
-            for name in ("window", "active", "refresh", "block")
-            if (value := getattr(self, name)) is not None
-        }
+        given = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
         if not isinstance(self.policy, str):
             if given:
                 raise ElisionError(f"{next(iter(given))} belongs into the policy that is given")
@@ -78,11 +78,7 @@ class How:
 
     def to_json(self) -> dict[str, Any]:
         policy = self.parts()[0]
-        numbers = {
-            name: getattr(policy, name)
-            for name in ("window", "active", "refresh", "block")
-            if hasattr(policy, name)
-        }
+        numbers = {name: getattr(policy, name) for name in OPTIONS if hasattr(policy, name)}
         told = {**asdict(self), "policy": policy.name, **numbers}
         return {name: value for name, value in told.items() if value is not None}
 

@@ -123,6 +123,12 @@ def generate(
         int | None,
         typer.Option(help="Tokens of a block (policies prefix, dual, block).", rich_help_panel=CANVAS),
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a window: scattered (its masks) or contiguous (a range).", rich_help_panel=CANVAS
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(metavar="S", help="Denoising steps; default: one a token.", rich_help_panel=CANVAS),
@@ -171,7 +177,8 @@ def generate(
     check_drafting(drafter, draft_model, mode)
     check_tree(tree)
     said: dict[str, Any] = {
-        "policy": policy, "window": window, "active": active, "refresh": refresh, "block": block, "steps": steps,
+        "policy": policy, "window": window, "active": active, "refresh": refresh, "block": block, "form": form,
+        "steps": steps,
         "rule": rule, "threshold": threshold, "guidance": guidance, "early_stop": early_stop or None,
     }  # fmt: skip
     said = {name: value for name, value in said.items() if value is not None}
