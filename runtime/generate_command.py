@@ -199,9 +199,9 @@ def generate(
         shared = {
             name: how[name] for name in ("temperature", "top_k", "top_p", "seed", "chat", "system", "eos")
         }
-        form = {"bits": bits, "runtime": runtime, "context": context, "batch": batch, "cache": not no_cache,
+        built = {"bits": bits, "runtime": runtime, "context": context, "batch": batch, "cache": not no_cache,
                 "threads": threads}  # fmt: skip
-        generate_canvases(model, asked, shared | said | {"trace": report is not None}, form)
+        generate_canvases(model, asked, shared | said | {"trace": report is not None}, built)
         return
     from .generate import Generator
     from .h2o import H2O
