@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..passes.errors import ElisionError
+from ..passes.errors import ElisionError, ModelFileError
 from .canvas_facts import config_of, is_diffusion
 from .diffusion import How
 from .lm_source import find
@@ -32,7 +32,12 @@ OPTIONS = {
 def wants_canvas(model: str, given: Mapping[str, Any]) -> bool:
     """Whether a command is about a diffusion model: the model's configuration says it is one. given: options that only
     such a model takes, by field. Raises ElisionError for them where the configuration says that it is none."""
-    source = find(model)
+    try:
+        source = find(model)
+    except ModelFileError:
+        if given:
+            raise
+        return False  # who opens the model says what is wrong with it
     config = config_of(source)
     if is_diffusion(config):
         return True

@@ -184,6 +184,7 @@ def generate(
     said = {name: value for name, value in said.items() if value is not None}
     from .canvas_command import generate_canvases, wants_canvas
 
+    texts = _read(prompt, prompts)
     canvas = wants_canvas(model, said)
     if report is not None:
         if prompts is not None or (drafter == "none" and not canvas):
@@ -193,7 +194,7 @@ def generate(
     if canvas:
         _no_canvas({"--drafter": drafter != "none", "--draft-model": draft_model, "--cache-size": cache_size,
                     "--stop": stop, "--repetition-penalty": repetition_penalty})  # fmt: skip
-    asked = Asked(_read(prompt, prompts), prompts is None, max_new_tokens, how, json, report)
+    asked = Asked(texts, prompts is None, max_new_tokens, how, json, report)
     offline()
     if canvas:
         shared = {
