@@ -139,8 +139,7 @@ def read_full(tables: Sequence[PairTable]) -> PairRule:
                 if causal
                 else "hides tokens, and only an attention of all to all can be windowed"
             )
-        across = np.ptp(table.bias, axis=-1) if table.bias.size else np.zeros(1)
-        if across.max() > 1e-6:
+        if np.ptp(table.bias, axis=-1).max() > 1e-6:
             raise Unfit("adds a bias of positions")
     return PairRule()
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..passes.errors import ElisionError, ModelFileError
 from .canvas_facts import config_of, is_diffusion
-from .diffusion import How
+from .diffusion import DiffusionGenerator, How
+from .generate_command import in_order
 from .lm_source import find
 from .shell import working
 
@@ -53,13 +54,11 @@ def wants_canvas(model: str, given: Mapping[str, Any]) -> bool:
 
 def generate_canvases(model: str, asked: Any, how: dict[str, Any], form: dict[str, Any]) -> None:
     """asked: a `generate_command.Asked`. how: options of `DiffusionGenerator.generate`, form: of the class."""
-    How(**{name: how[name] for name in how if name in How.__dataclass_fields__}).parts()
-    from .diffusion import DiffusionGenerator
-
+    How.of(how).parts()  # nobody waits for a model to hear that an option means nothing
     with working("reading the model", silent=asked.json) as tell:
         generator = DiffusionGenerator(model, notify=tell, **form)
     if asked.json:
-        for result in _in_order(generator, asked, how):
+        for result in in_order(generator.events(asked.prompts, asked.max_new_tokens, **how)):
             print(json.dumps(result.to_json(), ensure_ascii=False), flush=True)
             _page(generator, asked, result)
         return
@@ -68,11 +67,6 @@ def generate_canvases(model: str, asked: Any, how: dict[str, Any], form: dict[st
             print(f"--- {number}")
         print(result.text if generator.text is not None else " ".join(map(str, result.token_ids)), flush=True)
         _page(generator, asked, result)
-
-
-def _in_order(generator: Any, asked: Any, how: dict[str, Any]) -> Iterator[Any]:
-    """Complete results in the order of the prompts, each as soon as those before it are there."""
-    yield from _sorted(generator.events(asked.prompts, asked.max_new_tokens, **how))
 
 
 def _shown(generator: Any, asked: Any, how: dict[str, Any]) -> list[Any]:
@@ -87,18 +81,7 @@ def _shown(generator: Any, asked: Any, how: dict[str, Any]) -> list[Any]:
                 display.show(event)
                 yield number, event, result
 
-        return list(_sorted(watched()))
-
-
-def _sorted(events: Iterator[Any]) -> Iterator[Any]:
-    done: dict[int, Any] = {}
-    following = 0
-    for number, _event, result in events:
-        if result is not None:
-            done[number] = result
-        while following in done:
-            yield done.pop(following)
-            following += 1
+        return list(in_order(watched()))
 
 
 def _page(generator: Any, asked: Any, result: Any) -> None:

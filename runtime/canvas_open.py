@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,15 @@ from .canvas_run import REFRESH, STEP, Canvases, start_canvas
 from .lm_artefact import Artefact
 from .lm_compile import Formats, Tell, Wanted, formats_of, samples_for
 from .lm_facts import Facts
-from .lm_open import TOKENIZER, Compiler, read_tokenizer, write_properties
+from .lm_open import (
+    Compiler,
+    checked_module,
+    kept_tokenizer,
+    save_module,
+    taken,
+    wanted_by,
+    write_properties,
+)
 from .lm_source import find
 from .lm_step import Rows
 
@@ -56,40 +62,21 @@ def open_canvas(
     **options: Any,
 ) -> Opened:
     """Arguments as of `DiffusionGenerator`; options: fields of `Wanted`. Raises ElisionError."""
-    try:
-        wanted = Wanted(bits, runtime, context, **options)
-    except TypeError as error:
-        raise ElisionError(f"DiffusionGenerator: {str(error).removeprefix('Wanted.__init__() ')}") from None
+    wanted = wanted_by("DiffusionGenerator", bits, runtime, context, threads, options)
+    for name in ("key_scores", "skip", "taps"):
+        if options.get(name):
+            raise ElisionError(f"DiffusionGenerator: {name} is for autoregressive models")
     said = {"mask": mask, "shift": shift}
-    if not isinstance(model, str | os.PathLike):
-        import torch
-
-        if not isinstance(model, torch.nn.Module):
-            kind = type(model).__name__
-            raise ElisionError(f"a model is a path, the name of a package or a module, not a {kind}")
-        compiler = _CanvasCompiler(None, wanted, threads, notify, model, said)
-        return _kept_nowhere(
-            lm_artefact.write(None, lambda f: compiler.fill(f, tokenizer)), tokenizer, threads
-        )
-    source = find(model)
     name = None
-    if cache:
-        asked = {**wanted.to_json(), **said, "graphs": "window", "ids": _ids_of(tokenizer)}
-        name = lm_artefact.key(source.digest(), asked)
-        kept = lm_artefact.find(name)
-        if kept is not None:
-            try:
-                return _opened(kept, tokenizer, threads)
-            except ModelFileError:
-                shutil.rmtree(kept.folder, ignore_errors=True)  # damaged: compiled anew
-    if tokenizer is None:
-        notify("reading the tokenizer")
-        tokenizer = read_tokenizer(source)
-    compiler = _CanvasCompiler(source, wanted, threads, notify, None, said)
-    artefact = lm_artefact.write(name, lambda folder: compiler.fill(folder, tokenizer))
-    return (
-        _kept_nowhere(artefact, tokenizer, threads) if name is None else _opened(artefact, tokenizer, threads)
-    )
+    if not isinstance(model, str | os.PathLike):
+        compiler = _CanvasCompiler(None, wanted, threads, notify, checked_module(model, "a module"), said)
+    else:
+        source = find(model)
+        compiler = _CanvasCompiler(source, wanted, threads, notify, None, said)
+        if cache:
+            asked = {**wanted.to_json(), **said, "graphs": "window", "ids": _ids_of(tokenizer)}
+            name = lm_artefact.key(source.digest(), asked)
+    return taken(name, compiler, tokenizer, lambda artefact, its: _opened(artefact, its, threads))
 
 
 def _ids_of(tokenizer: Any) -> list[Any] | None:
@@ -97,12 +84,6 @@ def _ids_of(tokenizer: Any) -> list[Any] | None:
     if tokenizer is None:
         return None
     return [getattr(tokenizer, name, None) for name in ("mask_token_id", "eos_token_id")]
-
-
-def _kept_nowhere(artefact: Artefact, tokenizer: Any, threads: int) -> Opened:
-    opened = _opened(artefact, tokenizer, threads)
-    weakref.finalize(opened.model, shutil.rmtree, artefact.folder, True)
-    return opened
 
 
 def _opened(artefact: Artefact, tokenizer: Any, threads: int) -> Opened:
@@ -113,11 +94,7 @@ def _opened(artefact: Artefact, tokenizer: Any, threads: int) -> Opened:
     except (KeyError, TypeError) as error:
         raise ModelFileError(f"{artefact.folder}: a damaged artefact ({error})") from error
     model = start_canvas(artefact.folder, runtime, facts.vocabulary, threads)
-    if tokenizer is None and (artefact.folder / TOKENIZER).is_dir():
-        from .lm_load import tokenizer_in
-
-        tokenizer = tokenizer_in(artefact.folder / TOKENIZER)
-    return Opened(model, facts, tokenizer, settings)
+    return Opened(model, facts, kept_tokenizer(artefact, tokenizer), settings)
 
 
 class _CanvasCompiler(Compiler):
@@ -146,24 +123,14 @@ class _CanvasCompiler(Compiler):
         self.module = None
         self.tell("writing the compiled model")
         save(made, folder)
-        if tokenizer is not None:
-            from .lm_load import save_tokenizer
-
-            save_tokenizer(tokenizer, folder / TOKENIZER)
+        self._keep(folder, tokenizer)
         self.tell("comparing step and refresh")
         apart = compare(start_canvas(folder, wanted.runtime, facts.vocabulary, self.threads), facts)
         if not apart <= ALLOWED:
             raise ElisionError(
                 f"the step graph and the refresh graph differ by {apart:.1e} of the largest logit"
             )
-        settings: dict[str, Any] = {
-            "architecture": facts.architecture,
-            "bits": wanted.bits or ("source" if formats.counts else 32),
-            "runtime": wanted.runtime,
-            "step_against_refresh": apart,
-        }
-        if wanted.bits in (4, 8):
-            settings |= {"group": wanted.group, "method": wanted.method, "samples": len(samples)}
+        settings = self._told(facts.architecture, formats, samples) | {"step_against_refresh": apart}
         write_properties(folder, settings)
         about = {"facts": facts.to_json(), "settings": settings, "capacity": capacity, "notes": made.notes}
         return about
@@ -208,14 +175,6 @@ def save(made: Pair, folder: Path) -> None:
         io.save_model(step.model, folder / STEP, external=True)
         io.save_model(refresh.model, folder / REFRESH, external=True)
         return
-    from .lm_torch_file import save as save_torch
-
-    caches = {
-        name: [int(dim) for dim in value.shape]
-        for name, value in zip(step.input_names, step.inputs)
-        if f"{name}.out" in step.output_names
-    }
-    for name, graph, more in (("step", step, {"caches": caches}), ("refresh", refresh, {})):
+    for name, graph in (("step", step), ("refresh", refresh)):
         (folder / name).mkdir()
-        names = {"inputs": graph.input_names, "outputs": graph.output_names}
-        save_torch(graph.to_module(), folder / name, {**names, **more})
+        save_module(graph, folder / name)

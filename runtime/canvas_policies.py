@@ -15,7 +15,7 @@ import numpy as np
 
 from ..passes.errors import ElisionError
 from ..passes.options import nearest
-from ..passes.window import check_window
+from ..passes.window import WindowOptions, check_window
 from .canvas_plan import EMPTY, Canvas, Plan, refresh_plan, step_plan
 
 CONTIGUOUS, SCATTERED = "contiguous", "scattered"
@@ -119,9 +119,9 @@ class Window:
     overwritten, and no row lies outside the window."""
 
     name: ClassVar[str] = "window"
-    window: int = 128
-    active: int = 32
-    refresh: int = 32
+    window: int = WindowOptions.window
+    active: int = WindowOptions.active
+    refresh: int = WindowOptions.refresh
     form: str = SCATTERED
     extent: str = PREFIX
     slide: bool = True

@@ -34,11 +34,8 @@ class Canvases:
     def __init__(self, steps: OnnxSteps | TorchSteps, refresh: _Refreshing) -> None:
         self._steps, self._refresh = steps, refresh
         self.capacity, self.vocabulary, self.largest_k = steps.capacity, steps.vocabulary, steps.largest_k
-        self._rows = {
-            f"{what}.{name.rpartition('.')[2]}": view
-            for name, view in steps.caches.items()
-            for what in [name.partition("_")[0]]
-        }
+        # key_cache.3 holds what the refresh puts out as key.3
+        self._rows = {name.replace("_cache", ""): view for name, view in steps.caches.items()}
 
     def refresh(self, start: int, ids: np.ndarray, keep: np.ndarray, whole: bool = False) -> Scored:
         count, keep = len(ids), np.asarray(keep, np.int64)

@@ -7,7 +7,7 @@ print(generator.generate("def main():", max_new_tokens=256, window=128, active=3
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -16,19 +16,16 @@ import numpy as np
 from ..passes.errors import ElisionError
 from .canvas_facts import CanvasFacts
 from .canvas_plan import canvas_ids
-from .canvas_policies import Policy, Window, policy_named
+from .canvas_policies import POLICIES, Policy, Window, policy_named
 from .canvas_result import Event, Result
 from .canvas_rules import Draw, Rule
 from .canvas_sampler import Sampler
 from .canvas_step import CanvasModel
 from .generate import prompts_of
-from .lm_text import Text, check_ids
+from .lm_text import Text, encoded
 
 OPTIONS = ("window", "active", "refresh", "block", "form")
-"""Of policies; which has which is in `_POLICY`."""
-
-_POLICY = {"window": ("window", "active", "refresh", "form"), "prefix": ("block",), "dual": ("block",)}
-_POLICY |= {"delayed": ("refresh",), "block": ("block",), "none": ()}
+"""Of policies; each has some of them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,12 @@ class How:
     early_stop: bool = False
     seed: int = 0
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> How:
+        """From options of `DiffusionGenerator.generate`; what is no field of it is for others."""
+        known = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in options.items() if name in known})
+
     def parts(self) -> tuple[Policy, Rule, Draw]:
         """Raises ElisionError for what means nothing, numbers that the policy does not have among it."""
         rule = Rule(self.rule, self.schedule, self.threshold, self.position_temperature, self.eos_rule)
@@ -67,11 +70,11 @@ class How:
             if given:
                 raise ElisionError(f"{next(iter(given))} belongs into the policy that is given")
             return self.policy, rule, draw
-        known = _POLICY.get(self.policy)
+        kind: Any = POLICIES.get(self.policy)
         for name in given:
-            if known is not None and name not in known:
+            if kind is not None and name not in {one.name for one in fields(kind)}:
                 raise ElisionError(f"the policy {self.policy} has no {name}")
-        if known == _POLICY["window"] and "window" in given:
+        if kind is Window and "window" in given:
             # Who says how large the window is and no more means all else to fit into it.
             given.setdefault("active", min(Window.active, max(1, given["window"])))
         return policy_named(self.policy, **given), rule, draw
@@ -147,8 +150,6 @@ class DiffusionGenerator:
 
         if batch < 1:
             raise ElisionError(f"a batch has 1 canvas or more, not {batch}")
-        if threads < 0:
-            raise ElisionError(f"threads is 0 or more, not {threads}")
         opened = open_canvas(
             model, tokenizer=tokenizer, bits=bits, runtime=runtime, context=context, mask=mask, shift=shift,
             cache=cache, threads=threads, notify=notify or (lambda _step: None), **compile_options,
@@ -204,7 +205,7 @@ class DiffusionGenerator:
             raise ElisionError(
                 f"{unknown[0]!r} is no option of generate; it has {', '.join(sorted(known | others))}"
             )
-        how = How(**{name: value for name, value in options.items() if name in known})
+        how = How.of(options)
         policy, rule, draw = how.parts()
         if max_new_tokens < 0:
             raise ElisionError(f"the number of new tokens is 0 or more, not {max_new_tokens}")
@@ -225,11 +226,7 @@ class DiffusionGenerator:
 
     def encode(self, prompt: Any, *, chat: bool = False, system: str | None = None) -> list[int]:
         """The ids of a prompt, a text or ids already. Raises ElisionError."""
-        if not isinstance(prompt, str):
-            return check_ids(prompt, self.facts.vocabulary)
-        if self.text is None:
-            raise ElisionError("the model came without a tokenizer: give token ids, or a tokenizer")
-        return self.text.encode(prompt, chat=chat, system=system)
+        return encoded(self.text, self.facts.vocabulary, prompt, chat=chat, system=system)
 
     def words(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, or its number where there is no tokenizer."""

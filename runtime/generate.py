@@ -21,7 +21,7 @@ from .h2o import H2O
 from .h2o_model import forgetting
 from .lm_facts import Facts
 from .lm_step import StepModel
-from .lm_text import Stream, Text, check_ids
+from .lm_text import Stream, Text, encoded
 from .speculation import EXACT, Speculation, Spent
 
 Prompt = str | Sequence[int]
@@ -203,11 +203,7 @@ class Generator:
 
     def encode(self, prompt: Any, *, chat: bool = False, system: str | None = None) -> list[int]:
         """The ids of a prompt, a text or ids already. Raises ElisionError."""
-        if not isinstance(prompt, str):
-            return check_ids(prompt, self.facts.vocabulary)
-        if self.text is None:
-            raise ElisionError("the model came without a tokenizer: give token ids, or a tokenizer")
-        return self.text.encode(prompt, chat=chat, system=system)
+        return encoded(self.text, self.facts.vocabulary, prompt, chat=chat, system=system)
 
     # ---- checking --------------------------------------------------------------------------------------
     def _prepare(

@@ -324,10 +324,15 @@ def _stream(generator: Any, asked: Asked) -> Any:
 
 
 def _in_order(generator: Any, asked: Asked) -> Iterator[Any]:
-    """Complete results in the order of the prompts, each as soon as those before it are there."""
+    return in_order(generator.events(asked.prompts, asked.max_new_tokens, **asked.how))
+
+
+def in_order(events: Iterator[tuple[int, Any, Any]]) -> Iterator[Any]:
+    """Complete results in the order of the prompts, each as soon as those before it are there. events: (number of the
+    prompt, anything, the result or None)."""
     done: dict[int, Any] = {}
     following = 0
-    for number, _piece, result in generator.events(asked.prompts, asked.max_new_tokens, **asked.how):
+    for number, _, result in events:
         if result is not None:
             done[number] = result
         while following in done:

@@ -73,12 +73,9 @@ class OnnxSteps:
         return scores if self._keeps else scores[wanted]
 
     def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
-        if not self._ranks:
-            found = largest_of(self.step(rows, keep), self.largest_k)
-            return replace(found, hidden=self.hidden)
-        self._run(rows, np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64), 0)
-        hidden = self.hidden
-        return Largest(self._outputs["values"][0], self._outputs["indices"][0], hidden)
+        wanted = np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64)
+        found, _, _ = self.scored(rows, wanted, False)
+        return replace(found, hidden=self.hidden)
 
     def scored(
         self, rows: Rows, keep: np.ndarray, whole: bool

@@ -51,32 +51,67 @@ def open_model(
     **options: Any,
 ) -> Opened:
     """Arguments as of `Generator`; options: fields of `Wanted`. Raises ElisionError."""
-    try:
-        wanted = Wanted(bits, runtime, context, **options)
-    except TypeError as error:
-        raise ElisionError(f"Generator: {str(error).removeprefix('Wanted.__init__() ')}") from None
+    wanted = wanted_by("Generator", bits, runtime, context, threads, options)
+    if not isinstance(model, str | os.PathLike):
+        facts = facts_of_module(checked_module(model, "a transformers model"))
+        compiler = Compiler(None, wanted, threads, notify, module=model, facts=facts)
+        name, called = None, type(model).__name__
+    else:
+        source = find(model)
+        check(source)
+        name, called = lm_artefact.key(source.digest(), wanted.to_json()) if cache else None, str(model)
+        compiler = Compiler(source, wanted, threads, notify)
+
+    def take(artefact: Artefact, tokenizer: Any) -> Opened:
+        return _opened(artefact, called, tokenizer, threads, notify)
+
+    return replace(taken(name, compiler, tokenizer, take), key=name)
+
+
+def wanted_by(
+    who: str, bits: int | None, runtime: str, context: int | None, threads: int, options: dict[str, Any]
+) -> Wanted:
+    """What the arguments of a class called `who` ask for. Raises ElisionError."""
     if threads < 0:
         raise ElisionError(f"threads is 0 or more, not {threads}")
-    if not isinstance(model, str | os.PathLike):
-        return _open_module(model, tokenizer, wanted, threads, notify)
-    source = find(model)
-    check(source)
-    name = lm_artefact.key(source.digest(), wanted.to_json()) if cache else None
+    try:
+        return Wanted(bits, runtime, context, **options)
+    except TypeError as error:
+        raise ElisionError(f"{who}: {str(error).removeprefix('Wanted.__init__() ')}") from None
+
+
+def checked_module(model: Any, wanted: str) -> Any:
+    """Raises ElisionError for what is neither a path nor a module."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        kind = type(model).__name__
+        raise ElisionError(f"a model is a path, the name of a package or {wanted}, not a {kind}")
+    return model
+
+
+def taken(name: str | None, compiler: Compiler, tokenizer: Any, take: Callable[[Artefact, Any], Any]) -> Any:
+    """What `take` makes of the artefact kept under `name` and a tokenizer; where there is none, or a damaged one, of
+    one that `compiler` fills. name None: it is kept nowhere, and goes with what was made (its `model`)."""
     kept = lm_artefact.find(name) if name is not None else None
     if kept is not None:
         try:
-            return replace(_opened(kept, str(model), tokenizer, threads, notify), key=name)
+            return take(kept, tokenizer)
         except ModelFileError:
             shutil.rmtree(kept.folder, ignore_errors=True)  # damaged: compiled anew
-    compiler = Compiler(source, wanted, threads, notify)
-    if tokenizer is None:
-        notify("reading the tokenizer")
-        tokenizer = read_tokenizer(source)
+    if tokenizer is None and compiler.source is not None:
+        compiler.tell("reading the tokenizer")
+        tokenizer = _read_tokenizer(compiler.source)
     artefact = lm_artefact.write(name, lambda folder: compiler.fill(folder, tokenizer))
-    opened = _opened(artefact, str(model), tokenizer, threads, notify)
-    if name is None:
-        weakref.finalize(opened.model, shutil.rmtree, artefact.folder, True)
-    return replace(opened, key=name)
+    if name is not None:
+        return take(artefact, tokenizer)
+    try:
+        opened = take(artefact, tokenizer)
+    except BaseException:
+        shutil.rmtree(artefact.folder, ignore_errors=True)
+        raise
+    weakref.finalize(opened.model, shutil.rmtree, artefact.folder, True)
+    return opened
 
 
 def check(source: Source) -> None:
@@ -87,24 +122,10 @@ def check(source: Source) -> None:
         read(source.path)
 
 
-def read_tokenizer(source: Source) -> Any:
+def _read_tokenizer(source: Source) -> Any:
     from .lm_load import load_tokenizer
 
     return load_tokenizer(source)
-
-
-def _open_module(module: Any, tokenizer: Any, wanted: Wanted, threads: int, notify: Tell) -> Opened:
-    import torch
-
-    if not isinstance(module, torch.nn.Module):
-        kind = type(module).__name__
-        raise ElisionError(f"a model is a path, the name of a package or a transformers model, not a {kind}")
-    facts = facts_of_module(module)
-    compiler = Compiler(None, wanted, threads, notify, module=module, facts=facts)
-    artefact = lm_artefact.write(None, lambda folder: compiler.fill(folder, tokenizer))
-    opened = _opened(artefact, type(module).__name__, tokenizer, threads, notify)
-    weakref.finalize(opened.model, shutil.rmtree, artefact.folder, True)
-    return opened
 
 
 # ---- taking --------------------------------------------------------------------------------------------
@@ -116,11 +137,16 @@ def _opened(artefact: Artefact, name: str, tokenizer: Any, threads: int, notify:
     notify("starting the runtime")
     scored = bool(settings.get("key_scores"))
     model = start(artefact.folder, settings["runtime"], facts.vocabulary, threads, scored)
-    if tokenizer is None and (artefact.folder / TOKENIZER).is_dir():
-        from .lm_load import tokenizer_in
+    return Opened(model, facts, kept_tokenizer(artefact, tokenizer), {"model": name, **settings})
 
-        tokenizer = tokenizer_in(artefact.folder / TOKENIZER)
-    return Opened(model, facts, tokenizer, {"model": name, **settings})
+
+def kept_tokenizer(artefact: Artefact, given: Any) -> Any:
+    """`given`, or what came with the model."""
+    if given is not None or not (artefact.folder / TOKENIZER).is_dir():
+        return given
+    from .lm_load import tokenizer_in
+
+    return tokenizer_in(artefact.folder / TOKENIZER)
 
 
 def start(folder: Path, runtime: str, vocabulary: int, threads: int, scored: bool = False) -> StepModel:
@@ -184,23 +210,10 @@ class Compiler:
         self.module = None  # its weights are in the graph, or no longer needed
         self.tell("writing the compiled model")
         save(compiled, folder)
-        if tokenizer is not None:
-            from .lm_load import save_tokenizer
-
-            save_tokenizer(tokenizer, folder / TOKENIZER)
+        self._keep(folder, tokenizer)
         self.tell("comparing rows bit by bit")
         verdict = self._verdict(folder, facts, compiled.example)
-        bits: Any = wanted.bits or ("source" if formats.counts else 32)
-        settings: dict[str, Any] = {
-            "architecture": facts.architecture,
-            "bits": bits,
-            "runtime": wanted.runtime,
-            "exactness": verdict["verdict"],
-        }
-        if bits in (4, 8):
-            settings |= {"group": wanted.group, "method": wanted.method, "samples": len(samples)}
-        if formats.counts:
-            settings["formats"] = formats.counts
+        settings = self._told(facts.architecture, formats, samples) | {"exactness": verdict["verdict"]}
         if wanted.key_scores:
             settings["key_scores"] = True
         write_properties(folder, settings)
@@ -211,6 +224,22 @@ class Compiler:
             "capacity": capacity,
             "notes": compiled.notes,
         }
+
+    def _keep(self, folder: Path, tokenizer: Any) -> None:
+        """So that it need not be made from the source again."""
+        if tokenizer is not None:
+            from .lm_load import save_tokenizer
+
+            save_tokenizer(tokenizer, folder / TOKENIZER)
+
+    def _told(self, architecture: str, formats: Formats, samples: list[Any]) -> dict[str, Any]:
+        """What settings say of a compiled model."""
+        wanted = self.wanted
+        bits: Any = wanted.bits or ("source" if formats.counts else 32)
+        told: dict[str, Any] = {"architecture": architecture, "bits": bits, "runtime": wanted.runtime}
+        if bits in (4, 8):
+            told |= {"group": wanted.group, "method": wanted.method, "samples": len(samples)}
+        return told | ({"formats": formats.counts} if formats.counts else {})
 
     def plain(self) -> tuple[Any, dict[str, np.ndarray]]:
         if self.source is not None and self.source.kind == "onnx":
@@ -254,20 +283,23 @@ def save(compiled: Compiled, folder: Path) -> None:
         if compiled.prelude is not None:
             io.save_model(compiled.prelude.model, folder / PRELUDE, external=True)  # type: ignore[attr-defined]
         return
+    save_module(graph, folder)
+    if compiled.prelude is not None:
+        (folder / "prelude").mkdir()
+        save_module(compiled.prelude, folder / "prelude")
+
+
+def save_module(graph: Any, folder: Path) -> None:
+    """A torch graph with the names of its inputs and outputs, and the shapes of its caches."""
     from .lm_torch_file import save as save_torch
 
-    names = {"inputs": graph.input_names, "outputs": graph.output_names}
     caches = {
         name: [int(dim) for dim in value.shape]
         for name, value in zip(graph.input_names, graph.inputs)
         if f"{name}.out" in graph.output_names
     }
-    save_torch(graph.to_module(), folder, {**names, "caches": caches})
-    if compiled.prelude is not None:
-        inner: Any = compiled.prelude
-        (folder / "prelude").mkdir()
-        kept = {"inputs": inner.input_names, "outputs": inner.output_names}
-        save_torch(inner.to_module(), folder / "prelude", kept)
+    names = {"inputs": graph.input_names, "outputs": graph.output_names, "caches": caches}
+    save_torch(graph.to_module(), folder, names)
 
 
 def write_properties(folder: Path, settings: dict[str, Any]) -> None:

@@ -59,6 +59,17 @@ class Text:
         return Stream(self, stops)
 
 
+def encoded(
+    text: Text | None, vocabulary: int, prompt: Any, *, chat: bool = False, system: str | None = None
+) -> list[int]:
+    """The ids of a prompt, a text or ids already. text: None where there is no tokenizer. Raises ElisionError."""
+    if not isinstance(prompt, str):
+        return check_ids(prompt, vocabulary)
+    if text is None:
+        raise ElisionError("the model came without a tokenizer: give token ids, or a tokenizer")
+    return text.encode(prompt, chat=chat, system=system)
+
+
 def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
     """The ids as integers. Raises ElisionError for one that the model does not know."""
     plain = [int(item) for item in ids]

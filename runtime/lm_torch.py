@@ -54,12 +54,9 @@ class TorchSteps:
         return (scores if "keep" in self._inputs else scores[wanted]).numpy()
 
     def largest(self, rows: Rows, keep: Sequence[int] | None = None) -> Largest:
-        if not self._ranks:
-            found = largest_of(self.step(rows, keep), self.largest_k)
-            return replace(found, hidden=self.hidden)
         wanted = np.arange(len(rows)) if keep is None else np.asarray(keep, np.int64)
-        results = dict(zip(self._outputs, self._run(rows, wanted, 0)))
-        return Largest(results["values"][0].numpy(), results["indices"][0].numpy(), self.hidden)
+        found, _, _ = self.scored(rows, wanted, False)
+        return replace(found, hidden=self.hidden)
 
     def scored(
         self, rows: Rows, keep: np.ndarray, whole: bool

@@ -95,13 +95,9 @@ def linear_topk_packed(
     packed: Tensor,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
-    *,
-    channels: int,
-    k: int,
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
+    **attrs: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _largest(x, packed, bias, norm, None, channels, k, eps, norm_offset)
+    return _largest(x, packed, bias, norm, None, **attrs)
 
 
 def linear_spread_packed(
@@ -109,14 +105,10 @@ def linear_spread_packed(
     packed: Tensor,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
-    *,
-    channels: int,
-    k: int,
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
+    **attrs: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spread = torch.empty((*x.shape[:-1], 2), dtype=torch.float32)
-    return *_largest(x, packed, bias, norm, spread, channels, k, eps, norm_offset), spread
+    return *_largest(x, packed, bias, norm, spread, **attrs), spread
 
 
 def _largest(
@@ -125,10 +117,11 @@ def _largest(
     bias: Tensor | None,
     norm: Tensor | None,
     spread: Tensor | None,
+    *,
     channels: int,
     k: int,
-    eps: float,
-    norm_offset: float,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     dtype, x, packed = _float_type("linear_topk", x), x.contiguous(), packed.contiguous()
     width = x.shape[-1]

@@ -22,13 +22,8 @@ def linear_topk(
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     *,
-    bits: int,
-    group: int,
     k: int,
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
-    width: int = 0,
-    channels: int = 0,
+    **attrs: Any,
 ) -> tuple[Tensor, Tensor]:
     """x [..., c] -> the k largest of the n products, values float32 [..., k] descending, and their indices int64.
 
@@ -36,7 +31,7 @@ def linear_topk(
     `linear_nbits`; with bits 16 or 32 weight is float [n, c] and there are no scales (group is not read). norm [c]: x
     is normalised first, x / sqrt(mean(x^2) + eps) * (norm + norm_offset). No tensor of rows x n is made by kernels.
     Raises ValueError for more than n of n."""
-    out = _products(x, weight, scales, zeros, bias, norm, bits, group, k, eps, norm_offset, width, channels)
+    out = _products(x, weight, scales, zeros, bias, norm, k=k, **attrs)
     return _largest(out, k)
 
 
@@ -52,13 +47,14 @@ def _products(
     zeros: Tensor | None,
     bias: Tensor | None,
     norm: Tensor | None,
+    *,
     bits: int,
     group: int,
     k: int,
-    eps: float,
-    norm_offset: float,
-    width: int,
-    channels: int,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+    width: int = 0,
+    channels: int = 0,
 ) -> Tensor:
     inside, outside = x.shape[-1], weight.shape[0]
     if not 1 <= k <= outside:
@@ -119,17 +115,12 @@ def linear_spread(
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     *,
-    bits: int,
-    group: int,
     k: int,
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
-    width: int = 0,
-    channels: int = 0,
+    **attrs: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_topk`, and of the softmax over all n products the log of its sum and its entropy in nats: spread float32
     [..., 2]. exp(value - spread[..., 0]) is the probability of a value."""
-    out = _products(x, weight, scales, zeros, bias, norm, bits, group, k, eps, norm_offset, width, channels)
+    out = _products(x, weight, scales, zeros, bias, norm, k=k, **attrs)
     logs = torch.log_softmax(out, -1)
     spread = torch.stack([torch.logsumexp(out, -1), -(logs.exp() * logs).sum(-1)], -1)
     return *_largest(out, k), spread

@@ -5,174 +5,46 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-import transformers as hf
 from elision.kernels import cpu
-from elision.passes import NothingMatched, PassContext, PipelineError, Refused, diff_graphs, run_pipeline
+from elision.passes import PassContext, PipelineError, diff_graphs, run_pipeline
 from elision.passes.errors import VerificationError
-from elision.passes.incremental_pairs import PairTable, Unfit, read_full
 from elision.passes.ir.fx import FxGraph
 from elision.passes.ir.graph import Graph, static
 from elision.passes.ir.onnx import OnnxGraph
-from elision.passes.onnx.io import from_proto, to_proto
+from elision.passes.onnx.io import from_proto
 from elision.passes.pipeline import format, parse
 from elision.passes.window import Window, check_window
 from elision.runtime.lm_compile import plain_graph
-from elision.runtime.lm_export import plain_causal_graph
-from elision.runtime.lm_onnx import start_session
-from elision.runtime.lm_step import Rows
 from elision.runtime.runners import fx_runner
 from elision.runtime.table import table_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 from ..onnx.causal_files import quiet
 from ..runtime.canvas_models import EagerCanvas, make
-from ..zoo.causal import causal_model
-from .causal_toys import VOCABULARY, WIDTH, Padded, Toy, Typed, dynamic_rotary, traced
-
-CAPACITY, V = 48, 40
-TARGETS = {"fx": "torch", "onnx": "onnxruntime"}
-SIZES: dict[str, Any] = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
-IDS: dict[str, Any] = {
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "cls_token_id": 1,
-    "sep_token_id": 2,
-    "eos_token_id": 2,
-}
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "llada": lambda: make("llada", dtype=torch.float32),
-    "llada-tied": lambda: make("llada", dtype=torch.float32, tie_word_embeddings=True),
-    "dream": lambda: make("dream", dtype=torch.float32),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
-    "modernbert": lambda: hf.ModernBertForMaskedLM(
-        hf.ModernBertConfig(**SIZES, **IDS, global_attn_every_n_layers=1)
-    ),
-    "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**SIZES, embedding_size=16)),
-}
-EXPORTED = ("dream", "bert")
-"""Exported to ONNX in every run of the tests, which takes seconds each; the others in `make test-all`."""
-
-BOTH = [
-    *((name, "fx") for name in MODELS),
-    *(pytest.param(name, "onnx", marks=[] if name in EXPORTED else [pytest.mark.slow]) for name in MODELS),
-]
-
-
-@functools.cache
-def model_of(name: str) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = MODELS[name]().eval().requires_grad_(False)
-        if not hasattr(model, "stale"):  # else its weights are drawn already
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 0.25)
-    return model
-
-
-@functools.cache
-def _exported(name: str, host: str) -> Graph:
-    return plain_graph(model_of(name), TARGETS[host], lambda _step: None)[0]
-
-
-def plain(name: str, host: str = "fx") -> Graph:
-    return _exported(name, host).copy()
-
-
-def eager(name: str, ids: np.ndarray) -> np.ndarray:
-    return model_of(name)(torch.from_numpy(ids)[None]).logits[0].numpy()
-
-
-def windowed(graph: Graph, before: str = "", **options: Any) -> Any:
-    """What the manager says of the pass on a graph, which stays."""
-    single = Window(**{"capacity": CAPACITY, **options})
-    first = "normalise" if graph.host == "onnx" else ""
-    passes = [*parse(",".join(filter(None, [first, before]))), single]
-    context = PassContext(force=True, target=TARGETS[graph.host])
-    return run_pipeline(graph, passes, context=context)
-
-
-def runner(graph: Any) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
-    if graph.host == "onnx":
-        session = start_session(to_proto(graph.model).SerializeToString(), 1)
-        return lambda given: session.run(None, dict(zip(graph.input_names, given)))
-    module = graph.to_module()
-
-    def run(given: list[np.ndarray]) -> list[np.ndarray]:
-        with torch.no_grad():
-            return [item.numpy() for item in module(*map(torch.from_numpy, given))]
-
-    return run
-
-
-class Pair:
-    """Both graphs, run in their host. Slots that were never written hold `empty`."""
-
-    def __init__(self, step: Graph, refresh: Graph, empty: float = 7.0) -> None:
-        self._step, self._refresh = runner(step), runner(refresh)
-        self.extra = refresh.input_names[1:]
-        shapes = [static(value.shape) or () for value in step.inputs[5:]]
-        self.caches = [np.full(shape, empty, np.float32) for shape in shapes]
-
-    def refresh(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
-        count = len(ids)
-        known = {"attention_mask": np.ones((1, count), np.int64), "position_ids": np.arange(count)[None]}
-        logits, *kept = self._refresh([ids[None], *(known[name] for name in self.extra)])
-        for cache, new in zip(self.caches, kept, strict=True):
-            cache[:, start : start + count] = new[0]
-        return logits[0]
-
-    def step(self, rows: Rows) -> np.ndarray:
-        given = [rows.ids[None], rows.positions[None], rows.slots, rows.prefix, rows.ancestors]
-        logits, *caches = self._step([*given, *(cache.copy() for cache in self.caches)])
-        self.caches = [cache.copy() for cache in caches]
-        return logits[0]
-
-
-def pair_of(name: str, host: str = "fx", **options: Any) -> Pair:
-    report = windowed(plain(name, host), **options)
-    return Pair(report.graph, report.passes[-1].extra["refresh"])
-
-
-kept_pair = functools.cache(pair_of)
-
-
-def some(ids: np.ndarray, part: np.ndarray, start: int = 0, run: int | None = None, extras: Any = ()) -> Rows:
-    """The positions `part` of a canvas, each of which sees the positions below `run`, and `extras`."""
-    run = len(ids) if run is None else run
-    ancestors = np.full((len(part), len(extras) + 1), -1, np.int32)
-    ancestors[:, : len(extras)] = start + np.asarray(extras, np.int32)
-    return Rows(
-        ids[part],
-        part.astype(np.int64),
-        (start + part).astype(np.int32),
-        np.tile(np.array([[start, run]], np.int32), (len(part), 1)),
-        ancestors,
-    )
-
-
-def near(found: np.ndarray, wanted: np.ndarray) -> None:
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(np.abs(wanted).max())))
+from .causal_toys import traced
+from .window_models import (
+    BOTH,
+    CAPACITY,
+    TARGETS,
+    Open,
+    Pair,
+    V,
+    eager,
+    kept_pair,
+    model_of,
+    near,
+    plain,
+    some,
+    windowed,
+)
 
 
 # ---- exactness -----------------------------------------------------------------------------------------
@@ -295,14 +167,6 @@ def test_inputs_outputs_and_statistics(host):
 @pytest.mark.parametrize(("name", "heads"), [("llada", 4), ("llada-tied", 4), ("dream", 2), ("bert", 4)])
 def test_caches_hold_each_head_once(name, heads):
     assert {cache.shape for cache in kept_pair(name).caches} == {(heads, CAPACITY, 8)}
-
-
-class Open(Toy):
-    """Attention of all to all."""
-
-    def attend(self, input_ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def named_lengths(graph: Graph) -> list[str]:
@@ -515,181 +379,3 @@ def test_other_options():
         Window(capacity=1)
     with pytest.raises(PipelineError, match="unknown option 'activ'; did you mean 'active'"):
         parse("window{activ=3}")
-
-
-# ---- refused -------------------------------------------------------------------------------------------
-class Encoder(nn.Module):
-    """T5's encoder with a head: its positions are a bias over distances."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        self.model = hf.T5EncoderModel(hf.T5Config(**sizes))
-        self.head = nn.Linear(32, V)
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        return SimpleNamespace(logits=self.head(self.model(input_ids).last_hidden_state))
-
-
-class Across(Open):
-    """Attends to something else too."""
-
-    def forward(self, input_ids: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        x = self.embed(input_ids)
-        x = x + self.attend(input_ids, x)
-        return self.head(x + F.scaled_dot_product_attention(x, memory, memory))
-
-
-class Convolved(Open):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
-        self.mix = lambda x: self.conv(x.transpose(1, 2)).transpose(1, 2)
-
-
-def across() -> FxGraph:
-    auto = torch.export.Dim.AUTO
-    module, args = Across().eval(), (torch.ones(1, 7).long(), torch.ones(1, 5, WIDTH))
-    return FxGraph.from_export(
-        torch.export.export(module, args, dynamic_shapes=({1: auto}, {1: auto}), strict=False)
-    )
-
-
-def toy(module: nn.Module, *more: Any) -> FxGraph:
-    return FxGraph.from_export(traced(module, *more))
-
-
-def traced_model(model: Any) -> FxGraph:
-    return FxGraph.from_export(plain_causal_graph(model.eval()))
-
-
-def local() -> Any:
-    return hf.ModernBertForMaskedLM(hf.ModernBertConfig(**SIZES, **IDS, local_attention=8))
-
-
-SDPA = r"aten\.scaled_dot_product_attention \(%scaled_dot_product_attention(_\d+)?\) cannot be cached: "
-MASK = rf"the mask (%\w+, )*%\w+ of {SDPA}"
-CAUSAL = "hides later tokens: the attention is causal"
-HIDES = "hides tokens, and only an attention of all to all can be windowed"
-BIAS = "adds a bias of positions"
-
-
-@pytest.mark.parametrize(
-    ("graph", "said"),
-    [
-        (lambda: traced_model(causal_model("llama")), MASK + CAUSAL),
-        (lambda: toy(Toy()), SDPA + "it " + CAUSAL),
-        (lambda: toy(Toy(mask=lambda i, j: j <= i)), MASK + CAUSAL),
-        (lambda: traced_model(local()), MASK + HIDES),
-        (lambda: toy(Toy(mask=lambda i, j: (i - j).abs() < 4)), MASK + HIDES),
-        (lambda: toy(Toy(mask=lambda i, j: j // 4 <= i // 4)), MASK + HIDES),
-        (lambda: traced_model(Encoder()), MASK + BIAS),
-        (lambda: toy(Toy(mask=lambda i, j: -0.1 * (i - j).abs())), MASK + BIAS),
-        (lambda: traced_model(causal_model("t5")), MASK + CAUSAL),
-        (across, "%memory depends on an input that holds no tokens of the canvas"),
-        (
-            lambda: toy(Convolved()),
-            r"aten\.conv1d \(%conv1d\) convolves over the tokens: a new row of %\w+ would not be enough",
-        ),
-        (
-            lambda: toy(Open(mix=lambda x: x.cumsum(1))),
-            r"aten\.cumsum \(%cumsum\) \(cumsum\) mixes the tokens: a new row of %\w+ would not be enough",
-        ),
-        (
-            lambda: toy(Open(mix=lambda x: x - x.mean(1, keepdim=True))),
-            r"aten\.mean \(%mean\) takes the mean over the tokens: a new row of %\w+ would not be enough",
-        ),
-        (
-            lambda: toy(Open(before=dynamic_rotary)),
-            r"%\w+ is not the same at the first 2 positions when more follow: aten\.mul \(%\w+\) reads it",
-        ),
-        (
-            lambda: toy(Padded()),
-            r"aten\.__and__ \(%\w+\) reads %\w+, which has a number for every two positions, outside an attention",
-        ),
-        (
-            lambda: toy(Typed(), torch.ones(1, 7).long()),
-            "the input %token_type_ids runs along the tokens of %input_ids and is neither their mask nor their "
-            "positions",
-        ),
-    ],
-)  # fmt: skip
-def test_what_no_window_can_compute_is_refused_by_name(graph, said):
-    graph = graph()
-    before = graph.text()
-    with pytest.raises(Refused) as error:
-        Window(capacity=CAPACITY).run(graph, PassContext())
-    assert re.fullmatch(said, str(error.value)), str(error.value)
-    assert graph.text() == before, "a refused graph is as it was"
-
-
-@pytest.mark.parametrize(
-    ("host", "said"),
-    [
-        (
-            "fx",
-            r"%\w+ has 64 positions for 65 tokens: aten.reshape \(%\w+\) reads it; a smaller capacity may do",
-        ),
-        ("onnx", r"%\w+ has 64 positions for 65 tokens: Gather \(%\w+\) reads it; a smaller capacity may do"),
-    ],
-)
-def test_more_slots_than_learned_positions(host, said):
-    windowed(plain("bert", host), capacity=64)
-    with pytest.raises(Refused) as error:
-        windowed(plain("bert", host), capacity=65)
-    assert re.fullmatch("window: " + said, str(error.value)), str(error.value)
-
-
-def test_nothing_to_window():
-    table = toy(nn.Sequential(nn.Embedding(9, 4)))
-    with pytest.raises(NothingMatched) as error:
-        Window().run(table, PassContext())
-    assert str(error.value) == (
-        "window found no input 'input_ids' with token ids among input_1; option ids names it"
-    )
-    with pytest.raises(NothingMatched) as error:
-        Window(ids="input_1").run(table, PassContext())
-    assert str(error.value) == (
-        "window found no self-attention over the tokens of %input_1 (0 attentions among 1 operations)"
-    )
-    with pytest.raises(Refused) as refused:
-        Window(ids="tokens").run(table, PassContext())
-    assert str(refused.value) == "the graph has no input 'tokens': it has input_1"
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        Toy(mask=lambda i, j: j >= 0 * i),
-        Toy(mask=lambda i, j: 0.0 * (i - j)),
-        Toy(mask=lambda i, j: -0.1 * i + 0 * j),
-        Open(mix=lambda x: x + torch.arange(x.shape[1]).sin()[:, None]),
-        Open(before=lambda x: x + torch.linspace(0, 1, 64)[: x.shape[1], None]),
-        Open(mix=lambda x: x.unflatten(-1, (4, 4)).softmax(-1).flatten(2)),
-        Open(heads=1),
-    ],
-)
-def test_what_looks_like_it_but_is_all_to_all(module):
-    """A mask that hides nothing, a bias that a row's softmax does not see, positions of any kind."""
-    torch.manual_seed(0)
-    module.embed.reset_parameters()
-    report = windowed(toy(module))
-    pair = Pair(report.graph, report.passes[-1].extra["refresh"])
-    ids = np.random.default_rng(6).integers(0, VOCABULARY, 13)
-    logits = pair.refresh(ids)
-    near(logits, module(torch.from_numpy(ids)[None])[0].numpy())
-    near(pair.step(some(ids, np.array([12, 0, 5]))), logits[[12, 0, 5]])
-
-
-def test_tables_of_all_to_all():
-    everything = np.ones((5, 5), bool)
-    for masks in ([], [everything], [np.zeros((1, 5, 5))], [np.arange(5.0)[:, None] * np.ones(5)]):
-        rule = read_full([PairTable(masks, 5, False)])
-        assert rule.window == 0 and rule.bias is None
-    hidden = everything.copy()
-    hidden[2, 1] = False
-    for masks, causal in (([hidden], False), ([], True), ([np.where(hidden, 0.0, -1e30)], False)):
-        with pytest.raises(Unfit):
-            read_full([PairTable(masks, 5, causal)])
-    with pytest.raises(Unfit, match="adds a bias of positions"):
-        read_full([PairTable([np.arange(5.0)[None] * np.ones((5, 1))], 5, False)])

@@ -21,6 +21,23 @@ from elision.runtime.lm_step import Rows
 from torch import Tensor, nn
 from torch.nn import functional
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+IDS: dict[str, Any] = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "eos_token_id": 2,
+}
+"""Of small models that transformers has."""
+
 
 @dataclass
 class Config:

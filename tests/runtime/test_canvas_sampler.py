@@ -8,88 +8,14 @@ import numpy as np
 import pytest
 import torch
 from elision.passes.errors import ElisionError
-from elision.runtime.canvas_plan import Canvas, canvas_ids
+from elision.runtime.canvas_plan import Canvas
 from elision.runtime.canvas_policies import Block, Delayed, Dual, NoCache, Prefix, Window
 from elision.runtime.canvas_result import ACTIVE, BUFFER, DECIDED, FAR, REFRESHED
 from elision.runtime.canvas_rules import RULES, Draw, Rule
 from elision.runtime.canvas_sampler import Sampler
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from .canvas_models import Diffusion, EagerCanvas, make
-
-MASK, EOS, V = 39, 38, 40
-MODELS = {kind: make(kind) for kind in ("llada", "dream")}
-POLICIES = {
-    "contiguous": Window(8, 3, 4, form="contiguous"),
-    "fixed": Window(8, 3, 4, slide=False, form="contiguous"),
-    "scattered": Window(8, 3, 4, "scattered"),
-    "full": Window(8, 3, 4, "scattered", "full"),
-    "published": Window(8, 3, 4, compat="reference", form="contiguous"),
-    "prefix": Prefix(6),
-    "dual": Dual(6),
-    "delayed": Delayed(4),
-    "block": Block(6),
-    "none": NoCache(),
-}
-PROMPT = [3, 1, 4, 1, 5]
-
-
-def sampler(kind="llada", policy=None, capacity=96, **options) -> Sampler:
-    model = EagerCanvas(MODELS[kind], capacity)
-    return Sampler(model, MASK, policy=policy or POLICIES["contiguous"], shift=kind == "dream", **options)
-
-
-def prompt_and_masks(new=16, prompt=PROMPT):
-    return canvas_ids(prompt, new, MASK)
-
-
-def logits_of(model: Diffusion, x: np.ndarray, shift: bool) -> np.ndarray:
-    logits = model(torch.from_numpy(x)[None]).logits[0].numpy()
-    return np.concatenate([logits[:1], logits[:-1]]) if shift else logits
-
-
-def full_sampler(kind, ids, steps, by="confidence", guidance=0.0, noise=None, seed=0):
-    """All positions at every step, nothing clever. noise: a temperature."""
-    model, shift = MODELS[kind], kind == "dream"
-    x, given = np.array(ids), np.array(ids) != MASK
-    random = np.random.Generator(np.random.PCG64([seed, 0]))
-    history, step = [], 0
-    while (masks := np.flatnonzero(x == MASK)).size:
-        logits = logits_of(model, x, shift)
-        if guidance:
-            without = logits_of(model, np.where(given, MASK, x), shift)
-            logits = without + (guidance + 1) * (logits - without)
-        p = torch.from_numpy(logits[masks]).softmax(-1).numpy()
-        allowed = p.copy()
-        allowed[:, MASK] = 0
-        tokens = allowed.argmax(1)
-        if noise:
-            u = random.random(p.shape)
-            tokens = (allowed / (-np.log(u)) ** noise).argmax(1)
-        rank = {
-            "confidence": p[np.arange(len(masks)), tokens],
-            "threshold": p[np.arange(len(masks)), tokens],
-            "entropy": (p * np.log(p)).sum(1),
-            "margin": np.sort(allowed, 1)[:, -1] - np.sort(allowed, 1)[:, -2],
-            "left": -masks,
-            "random": random.random(len(masks)) if by == "random" else None,
-        }[by]
-        count = -(-len(masks) // max(1, steps - step)) if steps > step else len(masks)
-        if by == "threshold":
-            count = max(1, int((rank > 0.3).sum()))
-        chosen = np.argsort(-rank, kind="stable")[:count]
-        x[masks[chosen]] = tokens[chosen]
-        history.append(dict(zip(masks[chosen].tolist(), tokens[chosen].tolist())))
-        step += 1
-    return history
-
-
-def decisions(one: Sampler, ids, **options):
-    return [
-        dict(zip(event.positions.tolist(), event.tokens.tolist())) for event in one.stream([ids], **options)
-    ]
-
+from .canvas_models import EagerCanvas, make
+from .canvas_runs import EOS, MASK, MODELS, POLICIES, V, decisions, full_sampler, prompt_and_masks, sampler
 
 # ---- exactness -----------------------------------------------------------------------------------------
 EXACT = {
@@ -215,120 +141,6 @@ def test_positions_behind_the_window_never_reach_the_model(kind):
         assert positions.max() < limit and 37 not in passed
         ids[event.positions] = event.tokens
         assert np.isfinite(event.confidence).all()
-
-
-# ---- batches -------------------------------------------------------------------------------------------
-@st.composite
-def canvases(draw):
-    """Prompts and masks, or masks anywhere; of different lengths."""
-    found = []
-    for _ in range(draw(st.integers(1, 4))):
-        ids = np.array(draw(st.lists(st.integers(0, 37), min_size=1, max_size=14)))
-        masked = np.array(draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
-        masked[draw(st.integers(0, len(ids) - 1))] = True
-        found.append(np.where(masked, MASK, ids))
-    return found
-
-
-RUNS = st.fixed_dictionaries(
-    {
-        "rule": st.builds(
-            Rule,
-            st.sampled_from(RULES),
-            st.sampled_from(["even", "equal", "linear"]),
-            threshold=st.just(0.3),
-            position_temperature=st.sampled_from([0.0, 0.0, 0.5]),
-            eos=st.sampled_from(["free", "hold", "last"]),
-        ),
-        "draw": st.sampled_from([Draw(), Draw(), Draw(0.8), Draw(1.0, 5, 0.8), Draw(0.6, noise="gumbel")]),
-        "steps": st.sampled_from([None, 1, 3, 9]),
-        "guidance": st.sampled_from([0.0, 0.0, 1.0]),
-        "early_stop": st.booleans(),
-        "batch": st.integers(1, 4),
-        "seed": st.integers(0, 3),
-    }
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(list(MODELS)), st.sampled_from(list(POLICIES)), canvases(), RUNS, st.randoms())
-def test_any_batch(kind, policy, batch, options, shuffle):
-    """Each mask is decided once and nothing else is; a canvas alone, or in another order, gives the same."""
-    make_one = lambda: sampler(kind, POLICIES[policy], capacity=60, eos=[7, EOS], **options)  # noqa: E731
-    one = make_one()
-    results = {}
-    now = [np.array(ids) for ids in batch]
-    steps = [0] * len(batch)
-    for event in one.stream(batch, trace=True):
-        ids = now[event.canvas]
-        steps[event.canvas] += 1
-        assert event.step == steps[event.canvas]
-        assert (ids[event.positions] == MASK).all() and len(set(event.positions.tolist())) == len(
-            event.positions
-        )
-        assert MASK not in event.tokens
-        ids[event.positions] = event.tokens
-        now[event.canvas] = ids[: event.length]
-        if event.result is not None:
-            results[event.canvas] = event.result
-    for number, ids in enumerate(batch):
-        result = results[number]
-        assert result.token_ids == now[number].tolist() and MASK not in result.token_ids
-        kept = ids[: len(result.token_ids)]
-        assert (np.array(result.token_ids)[kept != MASK] == kept[kept != MASK]).all()
-        assert result.new_tokens == np.array(result.token_ids)[kept == MASK].tolist()
-        adds_up(result, steps[number], len(ids), 1 + bool(options["guidance"]))
-    order = list(range(len(batch)))
-    shuffle.shuffle(order)
-    mixed = list(make_one().stream([batch[n] for n in order], numbers=order))
-    for event in mixed:
-        if event.result is not None:
-            assert event.result.token_ids == results[order[event.canvas]].token_ids
-    alone = [event.result for event in make_one().stream([batch[0]], numbers=[0])][-1]
-    assert alone is not None and alone.token_ids == results[0].token_ids
-    assert (alone.computed, alone.steps) == (results[0].computed, results[0].steps)
-
-
-def adds_up(result, steps, length, twins):
-    picture, trace = result.trace.picture(), result.trace
-    assert result.steps == steps == len(picture) and picture.shape[1] == length
-    assert result.full == steps * length * twins
-    refreshes = [REFRESHED in row or (ACTIVE not in row and BUFFER not in row) for row in picture]
-    computed = twins * int((picture >= ACTIVE).sum())
-    assert result.computed == computed and result.refreshes <= sum(refreshes)
-    assert result.computed <= result.full
-    order = trace.order(length)
-    assert (picture == DECIDED).sum() == len(trace.positions) == (order >= 0).sum()
-    for position, when in zip(trace.positions, trace.when):
-        assert picture[when, position] == DECIDED and order[position] == when
-    assert len(trace.confidence) == len(trace.tokens) == len(trace.positions)
-    assert all(0 <= confidence <= 1 for confidence in trace.confidence)
-
-
-def test_steps_of_several_canvases_are_one_call():
-    one = sampler(batch=3)
-    one.run([prompt_and_masks(9), prompt_and_masks(9, [1]), prompt_and_masks(9, [2, 2])])
-    calls = [kind for kind, _, _ in one.model.calls]  # type: ignore[attr-defined]
-    assert calls.count("step") == 9 - 3 and calls.count("refresh") == 3 * 3
-
-
-def test_canvases_wait_for_slots():
-    batch = [prompt_and_masks(12, [n]) for n in range(5)]
-    wide = sampler().run(batch)
-    narrow = sampler(capacity=30)
-    assert [one.token_ids for one in narrow.run(batch)] == [one.token_ids for one in wide]
-    guided = sampler(capacity=30, guidance=0.5).run(batch)
-    assert [one.token_ids for one in guided] == [one.token_ids for one in sampler(guidance=0.5).run(batch)]
-
-
-def test_seeds():
-    def said(seed, numbers=None):
-        one = sampler(draw=Draw(1.5), seed=seed)
-        events = one.stream([prompt_and_masks()], numbers=numbers)
-        return [event.result for event in events][-1].token_ids
-
-    assert said(1) == said(1) == said(1, [0])
-    assert said(1) != said(2) and said(1) != said(1, [1])
 
 
 # ---- the rest ------------------------------------------------------------------------------------------
