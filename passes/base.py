@@ -26,6 +26,7 @@ BUILTIN: tuple[str, ...] = (
     "onnx.passes",
     "incremental",
     "window",
+    "token_drop",
     "key_scores",
     "lower",
     "head",

@@ -31,17 +31,27 @@ class Cutter:
 
     `mismatch`: when features of two levels meet, "lift" the lower (the stream stays short) or "restore" the
     higher (the stream stays whole, only a sub-layer is short). `proportional`: later attentions add the
-    logarithm of the size to the logits of each key (Bolya et al. 2023, eq. 1)."""
+    logarithm of the size to the logits of each key (Bolya et al. 2023, eq. 1). `renumber`: tables of positions give
+    their first rows, not those of the kept tokens. `short_outputs`: outputs have a row for every token that is left."""
 
     def __init__(
-        self, graph: Graph, analysis: Analysis, space: TokenSpace, *, mismatch: Mismatch, proportional: bool
+        self,
+        graph: Graph,
+        analysis: Analysis,
+        space: TokenSpace,
+        *,
+        mismatch: Mismatch,
+        proportional: bool,
+        renumber: bool = False,
+        short_outputs: bool = False,
     ) -> None:
         self.graph = graph
         self.analysis = analysis
         self.space = space
         self.mismatch: Mismatch = mismatch
         self.proportional = proportional
-        self.crossing = Crossing(graph, analysis, space)
+        self.short_outputs = short_outputs
+        self.crossing = Crossing(graph, analysis, space, renumber=renumber)
         self.keys: dict[Op, Value] = {}  # the key operand of each attention as it is now
         self._whole: dict[tuple[int, Ends], Value] = {}  # (axis, ends) -> a value whose axis is still whole
         # Lengths change in place during the walk: what depends on them is read before it.
@@ -63,18 +73,38 @@ class Cutter:
 
     def add_level(self, value: Value, level: Level, slot: Value, keep: Value, source: Value) -> Level:
         """Cut at `value` (at `level`): merge it with a new map. Returns the new level."""
-        crossing = self.crossing
+        attrs = self._token_axis(value)
+        inputs = [self.crossing.current(value), level.size, slot, keep, source]
+        merged, size = self.crossing.insert("merge_tokens", inputs, attrs)
+        return self._level(value, merged, Level(0, level, 0, size, slot, keep, source))
+
+    def drop_level(self, value: Value, level: Level, made: list[Value]) -> Level:
+        """Cut at `value` (at `level`): leave tokens out. `made` are slot, keep, source, size and fits of
+        `drop_tokens`; samples that do not fit become NaN. Returns the new level."""
+        slot, keep, source, size, fits = made
+        if level.size is not None:
+            raise Refused(f"%{value.name}: tokens that were merged before cannot be dropped")
+        attrs = self._token_axis(value)
+        x = self.crossing.insert(
+            "select_tokens", [self.crossing.current(value), keep], {**attrs, "rank": value.rank}
+        )[0]
+        batch = max(attrs["batch_axis"], 0)
+        x = self.crossing.insert("guard_rows", [x, fits], {"batch_axis": batch})[0]
+        return self._level(value, x, Level(0, level, 0, size, slot, keep, source, drops=True))
+
+    def _token_axis(self, value: Value) -> dict[str, int]:
         axes = self.analysis.token_axes(self.space, value)
         if len(axes) != 1 or axes[0][1] != WHOLE:
             raise Refused(f"%{value.name} has no axis that is the token axis of the space")
         batch = self.analysis.batch_axis(self.space, value)
-        attrs = {"axis": axes[0][0], "batch_axis": -1 if batch is None else batch}
-        inputs = [crossing.current(value), level.size, slot, keep, source]
-        merged, size = crossing.insert("merge_tokens", inputs, attrs)
-        assert keep.shape is not None
-        new = Level(len(crossing.levels), level, keep.shape[-1], size, slot, keep, source)
-        crossing.levels.append(new)
-        crossing.put(value, new, merged)
+        return {"axis": axes[0][0], "batch_axis": -1 if batch is None else batch}
+
+    def _level(self, value: Value, stands: Value, new: Level) -> Level:
+        """Enter a new level, of which `stands` is what `value` is there."""
+        assert new.keep is not None and new.keep.shape is not None
+        new.number, new.length = len(self.crossing.levels), new.keep.shape[-1]
+        self.crossing.levels.append(new)
+        self.crossing.put(value, new, stands)
         return new
 
     # ---- one op --------------------------------------------------------------------------------------
@@ -114,6 +144,7 @@ class Cutter:
         if target is not ground and op in self._bounds and self._parts(op, tokens[0], target):
             return
         if target is not ground and not self._passes(op, original):
+            self._not_again(op, target)
             target = ground
         self._rewire(op, original, target)
         if target is ground:
@@ -125,6 +156,17 @@ class Cutter:
         for out in op.outputs:
             if self._tokens(out):
                 self.crossing.put(out, target)
+
+    def _not_again(self, op: Op, level: Level) -> None:
+        """Dropped tokens cannot come back where later attentions would see them."""
+        if not any(step.drops for step in level.chain()):
+            return
+        for block in self.space.blocks:
+            if any(self.analysis.flow.depends(block.attention.output, out) for out in op.outputs):
+                raise Refused(
+                    f"{op.target} (%{op.name}) needs all {self.space.length} tokens, of which some are gone, and "
+                    f"%{block.attention.name} would see them again"
+                )
 
     def _rewire(self, op: Op, original: list[Value | None], level: Level) -> None:
         """Let every operand be what stands for it at `level`."""
@@ -167,7 +209,9 @@ class Cutter:
         if op.kind == "reshape":
             batch = self.analysis.batch_axis(self.space, port[0])
             folded = batch is not None and self.analysis.batch_axis(self.space, op.output) is None
-            return not folded and any(e == ends for _, e in self._tokens(op.output))
+            if folded and not self._unfolds(op.output):
+                return False
+            return any(e == ends for _, e in self._tokens(op.output))
         if op.kind == "concat" and op.attrs["axis"] == axis:
             return any(a == axis for a, _ in self._tokens(op.output))
         if op.kind == "softmax" and op.attrs["axis"] == axis:
@@ -175,6 +219,19 @@ class Cutter:
         if op.kind in ("norm", "spatial", "scatter") and axis in op.attrs.get("axes", ()):
             return False
         return port in through
+
+    def _unfolds(self, value: Value) -> bool:
+        """True when a value that lost its batch axis (to heads, say) gets it back before it meets another value."""
+        waiting, seen = [value], {value}
+        while waiting:
+            for op, _ in waiting.pop().users:
+                alone = sum(v is not None and bool(self._tokens(v)) for v in op.inputs) == 1
+                if op.kind not in ("reshape", "transpose", "tie", "elementwise") or not alone:
+                    return False
+                if self.analysis.batch_axis(self.space, op.output) is None and op.output not in seen:
+                    seen.add(op.output)
+                    waiting.append(op.output)
+        return not seen & set(self.graph.outputs)
 
     def _protected_part(self, op: Op) -> list[Part] | None:
         """The parts that an op takes out of the tokens, when a cut does not move their ends; else None."""
@@ -317,7 +374,7 @@ class Cutter:
         """Outputs have a row for every original token."""
         self.crossing.cursor = self.graph.ops[-1]
         for index, value in enumerate(list(self.graph.outputs)):
-            if self.crossing.level(value) is self.crossing.ground:
+            if self.short_outputs or self.crossing.level(value) is self.crossing.ground:
                 new = self.crossing.current(value)
             else:
                 new = self.crossing.restored(value)

@@ -2,7 +2,8 @@
 
 Level 0 is the token space as it was. Every cut adds a level above the one it starts from. A value that must
 meet values of a higher level is *lifted* by its role (features are merged with the map, everything else takes
-the rows of the kept tokens); a value that must meet the original tokens is *restored*.
+the rows of the kept tokens); a value that must meet the original tokens is *restored*. A level may drop tokens instead
+of merging them: then features, too, are the rows of the kept tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .analysis.flow import is_float
 from .analysis.spaces import Analysis, Ends, TokenSpace
 from .errors import Refused
 from .ir.graph import Dim, Graph, Op, Value
@@ -26,7 +28,8 @@ OWN: Layout = (0, 0)
 class Level:
     """One level of the token space: the map that made it, and how many tokens each slot stands for.
 
-    slot [B, N], keep [B, N'] and source [B, N-N'] int32; size [B, N'] float32, None where every size is 1."""
+    slot [B, N], keep [B, N'] and source [B, N-N'] int32; size [B, N'] float32, None where every size is 1. `drops`:
+    what is not kept is gone (slot -1)."""
 
     number: int
     parent: Level | None
@@ -35,6 +38,7 @@ class Level:
     slot: Value | None = None
     keep: Value | None = None
     source: Value | None = None
+    drops: bool = False
     composed: Value | None = None  # slot from level 0, made on demand
     shifted: dict[tuple[Ends, bool], list[Value]] = field(default_factory=dict)
     sizes: dict[Ends, Value] = field(default_factory=dict)
@@ -52,10 +56,13 @@ class Level:
 class Crossing:
     """Values at several levels. `current(value)` is what stands for an original value now, at its own level."""
 
-    def __init__(self, graph: Graph, analysis: Analysis, space: TokenSpace) -> None:
+    def __init__(
+        self, graph: Graph, analysis: Analysis, space: TokenSpace, *, renumber: bool = False
+    ) -> None:
         self.graph = graph
         self.analysis = analysis
         self.space = space
+        self.renumber = renumber  # tables of positions give their first rows, not those of the kept tokens
         self.levels = [Level(0, None, space.length)]
         self.at: dict[Value, Level] = {}
         self._variants: dict[tuple[Value, int, Layout], Value] = {}
@@ -179,7 +186,14 @@ class Crossing:
         for step in chain[chain.index(mine) + 1 :] if mine in chain else chain:
             key = (value, step.number, layout)
             if key not in self._variants:
-                crossed = self._merged if features else self._selected
+                crossed = self._merged if features and not step.drops else self._selected
+                if self.renumber and not features and len(axes) == 1 and is_float(value):
+                    crossed = self._renumbered
+                    if self.analysis.flow.comes_from(value):
+                        raise Refused(
+                            f"%{value.name} tells positions and is made of an input: positions=compact cannot "
+                            "renumber it"
+                        )
                 self._variants[key] = crossed(stands, axes, step, value.rank, layout)
             stands = self._variants[key]
         return stands
@@ -204,6 +218,16 @@ class Crossing:
             attrs = {"axis": axis + rank - own_rank, "rank": rank, "batch_axis": batch_axis}
             x = self.insert("select_tokens", [x, keep], attrs)[0]
         return x
+
+    def _renumbered(
+        self, x: Value, axes: list[tuple[int, Ends]], step: Level, own_rank: int, layout: Layout
+    ) -> Value:
+        """A table of positions across one cut: its first rows, as if the kept tokens were all there had been."""
+        assert step.parent is not None and x.shape is not None
+        axis = axes[0][0] + x.rank - own_rank
+        gone = step.parent.length - step.length
+        attrs = {"axis": axis, "start": 0, "end": -int(gone)}
+        return self.insert("slice_tokens", [x], attrs)[0]
 
     def restored(self, value: Value) -> Value:
         """`value` with a row for every original token: each takes the row of its slot."""

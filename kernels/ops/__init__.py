@@ -8,6 +8,7 @@ from typing import Any
 from ..definition import OpDef
 from . import (
     attention,
+    attention_rows,
     cached_attention,
     embedding_nbits,
     gated,
@@ -26,6 +27,9 @@ from . import (
     pool_tokens,
     ranges,
     rms_norm,
+    tile_budgets,
+    token_budget,
+    token_similarity,
     valid_size,
 )
 
@@ -43,6 +47,15 @@ _ALL = (
     ranges.SIZE,
     ranges.SLICE,
     pool_tokens.OP,
+    attention_rows.OP,
+    tile_budgets.OP,
+    token_budget.TOP,
+    token_budget.DROP,
+    token_budget.GUARD,
+    token_similarity.DISTINCT,
+    token_similarity.CONTEXTUAL,
+    token_similarity.ABSORB,
+    token_similarity.CHANNELS,
     attention.OP,
     joined_attention.OP,
     cached_attention.OP,

@@ -97,6 +97,15 @@ class AxisTypes:
             for ends, part in find(found).intervals.items()
         }
 
+    def wholes_of(self, kind: AxisType) -> dict[AxisType, tuple[Size, Size]]:
+        """Types of the axes that this one is an interval of, with how many positions lie before and after it."""
+        if len(kind) != 1:
+            return {}
+        return {
+            tuple(a.index for a in self._atoms(find(whole))): (start, end)
+            for whole, start, end in find(self._indexed[kind[0]]).inside
+        }
+
     # ---- solving -------------------------------------------------------------------------------------
     def _fresh(self, size: Size) -> Axis:
         axis = Axis(size, index=len(self._indexed))

@@ -60,6 +60,9 @@ class FxGraph(FxState):
     @classmethod
     def from_export(cls, program: torch.export.ExportedProgram, *, raise_attention: bool = True) -> Self:
         """View an exported program. Parameters and buffers stay the same tensor objects."""
+        if any(node.target is torch.ops.higher_order.flat_apply for node in program.graph.nodes):
+            # Calls of Python functions that the exporter could not see into; torch takes them apart, and only them.
+            program = program.run_decompositions({})
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         return cls._prepared(module, raise_attention)
@@ -185,20 +188,62 @@ class FxGraph(FxState):
             node = graph.call_function(target, args, named)
         if after is not None and after.raw in self._regions:
             self._regions[node] = self._regions[after.raw]
-        try:
-            node.meta["val"] = self._evaluate(node)
-        except Exception as error:
-            graph.erase_node(node)
-            raise VerificationError(
-                f"{fx_call.target_text(target)} cannot take its operands: {fx_nodes.first_line(error)}"
-            ) from error
-        self._changed()
-        made = self._add_op(node, position)
+        made = self._enter(node, position)
         returns = getattr(getattr(target, "_schema", None), "returns", ())
         for index, value in enumerate(made.outputs):
             if value.raw is None and index < len(returns) and returns[index].name:
                 value.name = f"{node.name}_{returns[index].name}"
         return made
+
+    def repeat(self, op: Op, inputs: Sequence[Value | None], *, after: Op | None) -> list[Value]:
+        graph = self.module.graph
+        with graph.inserting_before(self._next_node(after)):
+            node = graph.node_copy(op.raw)
+        for path, value in zip(self._paths[op], inputs):
+            if value is not None:
+                self._set_argument(node, path, self._node(value))
+        return self._enter(node, 0 if after is None else self.ops.index(after) + 1).outputs
+
+    def hoist(self, value: Value, after: Op | None) -> Op | None:
+        before = self._next_node(after)
+        places = {node: index for index, node in enumerate(self.module.graph.nodes)}
+        late: set[fx.Node] = set()
+        waiting = [self._node(value)]
+        while waiting:
+            node = waiting.pop()
+            if places[node] >= places[before] and node not in late:
+                late.add(node)
+                waiting += node.all_input_nodes
+        if before in late:  # what stands there already stays there
+            before = next(n for n in self.module.graph.nodes if places[n] > places[before] and n not in late)
+        moved = sorted(late, key=places.__getitem__)
+        for node in moved:
+            before.prepend(node)
+        self._changed()
+        return self._move([self._ops[node] for node in moved if node in self._ops], after)
+
+    def _enter(self, node: fx.Node, position: int) -> Op:
+        """Make the op of a call that was just put into the graph; the call goes again when it cannot be made."""
+        try:
+            node.meta["val"] = self._evaluate(node)
+        except Exception as error:
+            self.module.graph.erase_node(node)
+            raise VerificationError(
+                f"{fx_call.target_text(node.target)} cannot take its operands: {fx_nodes.first_line(error)}"
+            ) from error
+        self._changed()
+        return self._add_op(node, position)
+
+    def _set_argument(self, node: fx.Node, path: fx_call.Path, new: fx.Node) -> None:
+        name, place = path
+        if isinstance(name, int):
+            node.update_arg(name, new)
+            return
+        argument: Any = new
+        if place is not None:
+            argument = list(fx_call.Call(node)[name])
+            argument[place] = new
+        fx_lengths.set_argument(node, name, argument)
 
     def _attribute(self, value: Any, before: fx.Node, position: int) -> tuple[Any, int]:
         if isinstance(value, Value):
@@ -229,6 +274,8 @@ class FxGraph(FxState):
             "transpose": (torch.ops.aten.permute.default, {"perm": "dims"}),
             "cast": (torch.ops.aten.to.dtype, {"dtype": "dtype"}),
         }
+        if kind == "concat":
+            return self._concat(inputs, attrs["axis"], after)
         target, names = targets[kind]
         named: dict[str, Any] = {names[name]: value for name, value in attrs.items()}
         if kind == "gather":
@@ -236,6 +283,12 @@ class FxGraph(FxState):
         elif kind == "cast":
             named["dtype"] = getattr(torch, named["dtype"])
         return self.insert_call(target, inputs, named, after=after).output
+
+    def _concat(self, inputs: Sequence[Value], axis: int, after: Op | None) -> Value:
+        graph = self.module.graph
+        with graph.inserting_before(self._next_node(after)):
+            node = graph.call_function(torch.ops.aten.cat.default, ([self._node(v) for v in inputs], axis))
+        return self._enter(node, 0 if after is None else self.ops.index(after) + 1).output
 
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         """A new buffer (not part of the state_dict), on the device of the graph's first tensor."""
@@ -258,17 +311,7 @@ class FxGraph(FxState):
         paths = self._paths[op]
         if index >= len(paths):
             raise ElisionError(f"{op.target} has {len(paths)} operands, there is no operand {index}")
-        name, place = paths[index]
-        node: fx.Node = op.raw
-        new: Any = self._node(value)
-        if isinstance(name, int):
-            node.update_arg(name, new)
-        else:
-            if place is not None:
-                items = list(fx_call.Call(node)[name])
-                items[place] = new
-                new = items
-            fx_lengths.set_argument(node, name, new)
+        self._set_argument(op.raw, paths[index], self._node(value))
         self._changed()
         self._describe(op)
 

@@ -196,8 +196,26 @@ class Graph(abc.ABC):
     ) -> Value:
         """Insert one of the host's own operators right after `after` (None: before every op). kind and attrs:
         gather {axis} (indices int64 [n], within the axis), reshape {shape}, expand {shape}, transpose {perm},
-        cast {dtype}; a shape's dims may be symbolic. Returns its output."""
+        cast {dtype}, concat {axis}; a shape's dims may be symbolic. Returns its output."""
         raise ElisionError(f"a graph of {self.host} cannot be given plain ops")
+
+    def repeat(self, op: Op, inputs: Sequence[Value | None], *, after: Op | None) -> list[Value]:
+        """Insert `op` once more right after `after`, over other operands, everything else as it is: attributes, and
+        lengths that it says in numbers. Returns its outputs. Raises VerificationError when it cannot take them."""
+        raise ElisionError(f"a graph of {self.host} cannot repeat an op")
+
+    def hoist(self, value: Value, after: Op | None) -> Op | None:
+        """Move the ops that `value` is made of and that come later than `after` to right behind it, in their order.
+        Returns the last of them, `after` where there are none."""
+        raise ElisionError(f"a graph of {self.host} cannot move ops")
+
+    def _move(self, late: Sequence[Op], after: Op | None) -> Op | None:
+        """Keep `ops` in step with the host's graph, in which the ops `late` now stand right behind `after`."""
+        moved = set(late)
+        rest = [op for op in self.ops if op not in moved]
+        place = 0 if after is None else rest.index(after) + 1
+        self.ops[:] = [*rest[:place], *late, *rest[place:]]
+        return late[-1] if late else after
 
     def set_signature(
         self, inputs: Sequence[tuple[str, Value]], outputs: Sequence[tuple[str, Value]]

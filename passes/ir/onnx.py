@@ -168,6 +168,46 @@ class OnnxGraph(Graph):
         node = ir.node(op_type, inputs, attrs or None, domain=domain, num_outputs=num_outputs)
         return self._place(node, after, names)
 
+    def repeat(self, op: Op, inputs: Sequence[Value | None], *, after: Op | None) -> list[Value]:
+        old: ir.Node = op.raw
+        raws = list(old.inputs)
+        for slot, value in zip(self._slots[op], inputs):
+            if slot < len(raws):
+                raws[slot] = None if value is None else value.raw
+        node = ir.node(
+            old.op_type,
+            raws,
+            domain=old.domain,
+            overload=old.overload,
+            num_outputs=len(old.outputs),
+        )
+        for attribute in old.attributes.values():
+            node.attributes.add(attribute)
+        return self._place(node, after, None)
+
+    def hoist(self, value: Value, after: Op | None) -> Op | None:
+        nodes = list(self.model.graph)
+        places = {node: index for index, node in enumerate(nodes)}
+        now = -1 if after is None else places[after.raw]
+        late: set[ir.Node] = set()
+        waiting: list[ir.Value] = [value.raw]
+        while waiting:
+            node = waiting.pop().producer()
+            if node is None or places[node] <= now or node in late:
+                continue
+            late.add(node)
+            waiting += [v for v in [*node.inputs, *captured(node)] if v is not None]
+        moved = sorted(late, key=places.__getitem__)
+        anchor = None if after is None else after.raw
+        for node in moved:
+            self.model.graph.remove(node)
+            if anchor is None:
+                self.model.graph.insert_before(nodes[0], node)
+            else:
+                self.model.graph.insert_after(anchor, node)
+            anchor = node
+        return self._move([self._by_node[node] for node in moved if node in self._by_node], after)
+
     def _place(self, node: ir.Node, after: Op | None, names: Sequence[str] | None) -> list[Value]:
         """Put a new node and its op right after `after`, with names for it and its outputs."""
         node.name = self.unique_name(node.op_type)

@@ -335,8 +335,81 @@ def _norms() -> list[Case]:
     ]
 
 
+def _dropping() -> list[Case]:
+    def scores() -> Tensor:
+        score = torch.rand(2, 9)
+        score[0, :3] = -1
+        return score
+
+    def flags(*rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.float32)
+
+    def rows(n: int = 6, m: int = 9, heads: int = 2) -> list[Tensor | None]:
+        return [torch.randn(2, 4, n, 8), torch.randn(2, heads, m, 8)]
+
+    prefixed = flags([-1, 1, 0, 0, 0, 1], [-1, 0, 0, 1, 1, 0])
+    six = flags([1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 1, 0])
+    mixed = flags([-1, 0, 1, 0, 0, 1, -1], [-1, 1, 0, 1, 0, 0, 0])
+    past = torch.ones(6, 9, dtype=torch.bool).tril(2).expand(2, 1, 6, 9)
+    valid = flags([1, 1, 1, 1, 0, 0], [1] * 6)
+    return [
+        Case("attention_rows", "first", lambda: rows(), {}),
+        Case("attention_rows", "third, mean", lambda: rows(), {"first": 2, "heads": "mean", "scale": 0.3}),
+        Case("attention_rows", "every other", lambda: rows(), {"first": 1, "step": 2}),
+        Case("attention_rows", "last, masked", lambda: [*rows(), past], {"last": True}),
+        Case("attention_rows", "last valid", lambda: [*rows(), past, valid], {"last": True}),
+        Case("attention_rows", "causal", lambda: [*rows(9), None, None], {"first": 4, "causal": True}),
+        Case("attention_rows", "additive", lambda: [*rows(), torch.randn(1, 1, 6, 9)], {"step": 3}),
+        Case("attention_rows", "keys only", lambda: [*rows(), torch.rand(2, 1, 1, 9) > 0.2], {"step": 3}),
+        Case("top_tokens", "count", lambda: [scores()], {"count": 4}),
+        Case("top_tokens", "ratio", lambda: [scores()], {"ratio": 0.4}),
+        Case("top_tokens", "counts", lambda: [scores(), torch.tensor([2, 7]).int()], {}),
+        Case("top_tokens", "among", lambda: [scores(), None, torch.randn(2, 9)], {"ratio": 0.5}),
+        Case("top_tokens", "shared", lambda: [scores().abs()], {"count": 3, "shared": True}),
+        Case("top_tokens", "too many", lambda: [scores()], {"count": 40}),
+        Case("drop_tokens", "plain", lambda: [mixed], {"count": 2}),
+        Case("drop_tokens", "does not fit", lambda: [mixed], {"count": 5}),
+        Case("drop_tokens", "padded", lambda: [mixed, flags([1, 1, 1, 1, 1, 1, 0], [1] * 7)], {"count": 3}),
+        Case(
+            "drop_tokens",
+            "ends stay",
+            lambda: [mixed, flags([0, 1, 1, 1, 1, 1, 0], [1] * 7)],
+            {"count": 2, "prefix": 1, "suffix": 2},
+        ),
+        *(
+            Case(
+                "tile_budgets",
+                f"{budget} of {alpha}{' published' if published else ''}",
+                lambda: [torch.rand(10, 17)],
+                {
+                    **{"rows": 2, "columns": 2, "height": 4, "width": 4, "prefix": 1},
+                    **{"budget": budget, "alpha": alpha, "published": published},
+                },
+            )
+            for budget, alpha in ((16, 0.5), (37, 0.3), (70, 0.1))
+            for published in (False, True)
+        ),
+        Case("guard_rows", "plain", lambda: [torch.randn(2, 3, 4), torch.tensor([1.0, 1.0])], {}),
+        Case("guard_rows", "tokens first", lambda: [torch.randn(3, 2), torch.ones(2)], {"batch_axis": 1}),
+        Case("distinct_tokens", "plain", lambda: [torch.randn(2, 6, 5)], {}),
+        Case("contextual_tokens", "two", lambda: [torch.randn(2, 6, 5), six], {"count": 2, "kept": 2}),
+        Case("contextual_tokens", "all", lambda: [torch.randn(2, 6, 5), six], {"count": 4, "kept": 2}),
+        Case(
+            "contextual_tokens", "prefix", lambda: [torch.randn(2, 6, 5), prefixed], {"count": 1, "kept": 3}
+        ),
+        Case(
+            "absorb_tokens",
+            "plain",
+            lambda: [torch.randn(2, 6, 3), torch.randn(2, 6, 5), torch.rand(2, 6), six],
+            {"kept": 2, "neighbours": 3},
+        ),
+        Case("mean_channels", "plain", lambda: [torch.randn(2, 6, 3)], {}),
+    ]
+
+
 CASES = [
     *_norms(),
+    *_dropping(),
     *_matching(),
     *_maps(),
     *_attention(),

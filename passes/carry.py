@@ -1,0 +1,266 @@
+"""Carrying a number for each token along the way that its features take.
+
+What a policy says about the tokens of an image must be known where the image's features stand among the text. Between
+the two, features are sliced, unbound, shuffled into channels, pooled, joined with separators and scattered into the
+embeddings. Every op that moves features is repeated on the numbers; an op that computes each token by itself leaves
+them as they are. What belongs to no token of the image, text and separators, gets -1. No op is told by its model.
+
+A carried number is *narrow*, with one channel, as long as no op moves the channels, else *wide*, the same in all
+channels of a token (the mean, where tokens were shuffled into channels)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .analysis.flow import is_float
+from .analysis.signatures import by_position
+from .analysis.spaces import Analysis, Ends, TokenSpace
+from .errors import Refused
+from .ir.graph import Dim, Graph, Op, Value, product
+
+OUTSIDE = -1.0
+"""The number of what is no token of the image."""
+
+MOVES = frozenset(
+    {"reshape", "transpose", "expand", "concat", "stack", "split", "unbind", "slice", "select", "gather"}
+    | {"scatter", "spatial"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """`value` float32, of the shape of the features it goes with, but with a last axis of 1 where narrow. `line` is
+    the same for numbers between which nothing moved."""
+
+    value: Value
+    wide: bool
+    line: object
+
+
+class Carrier:
+    """Carries numbers of the tokens of `space` into other values; inserted ops go right after `cursor`.
+
+    `numbers(ends, carrier)` makes those of an interval of the space, [T, N]. `ranked`, where several tokens become one
+    by their channels, gets the numbers of the new rows, [..., 1], and gives others for them."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        analysis: Analysis,
+        space: TokenSpace,
+        cursor: Op | None,
+        numbers: Callable[[Ends, Carrier], Value],
+        ranked: Callable[[Value, Carrier], Value] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.analysis = analysis
+        self.space = space
+        self.cursor = cursor
+        self.numbers = numbers
+        self.ranked = ranked
+        self.shuffled: list[Value] = []  # the numbers right behind each op that made one token of several
+        self.placed: list[
+            tuple[Value, Carried, bool]
+        ] = []  # (features, numbers, with others among them) when placed
+        self.outside = False  # rows that are no token of the space came among them
+        self._found: dict[Value, Carried | None] = {}
+        self._starts: dict[tuple[Ends, int], Carried] = {}
+
+    def at(self, value: Value) -> Value:
+        """The numbers of the rows of `value` [..., C], as [...]: OUTSIDE where a row is none of the space's tokens.
+        Raises Refused where they cannot be carried there."""
+        found = self._carry(value)
+        assert value.shape is not None
+        if found is None:
+            raise Refused(f"%{value.name} holds nothing of the {self.space.length} tokens")
+        narrow = self._narrow(found)
+        return self._plain("reshape", narrow.value, {"shape": list(value.shape[:-1])})
+
+    # ---- one value -----------------------------------------------------------------------------------
+    def _carry(self, value: Value) -> Carried | None:
+        """None: nothing of the space's tokens is in `value`."""
+        if value not in self._found:
+            self._found[value] = self._carried(value)
+        return self._found[value]
+
+    def _carried(self, value: Value) -> Carried | None:
+        analysis, op = self.analysis, value.producer
+        if op is None or not is_float(value) or value.shape is None:
+            return None
+        if not analysis.flow.depends(value, self.space.blocks[0].attention.output):
+            return None
+        start = self._start(value)
+        if start is not None:
+            return start
+        if op.kind in MOVES or (op.kind == "elementwise" and op.attrs.get("fn") == "where"):
+            return self._moved(op, value)
+        if self._row_by_row(op):
+            return self._passed(op)
+        raise Refused(
+            f"{op.target} (%{op.name}) makes %{value.name} of several of the {self.space.length} tokens: which of them "
+            "a row is cannot be followed"
+        )
+
+    def _start(self, value: Value) -> Carried | None:
+        """The numbers of a value that still has the space's own axis: [T, N, C], or [N, C] without a batch."""
+        places = self.analysis.token_axes(self.space, value)
+        if len(places) != 1 or not self.analysis.is_content(self.space, value):
+            return None
+        axis, ends = places[0]
+        batch = self.analysis.batch_axis(self.space, value)
+        if (value.rank, axis) not in ((3, 1), (2, 0)) or (self.space.batch and batch != 0) or batch == axis:
+            return None
+        key = (ends, value.rank)
+        if key not in self._starts:
+            assert value.shape is not None
+            made = self._plain("reshape", self.numbers(ends, self), {"shape": [*value.shape[:-1], 1]})
+            self._starts[key] = Carried(made, False, object())
+        return self._starts[key]
+
+    def _row_by_row(self, op: Op) -> bool:
+        """True when every row of the result, along all axes but the last, is made of the same row."""
+        out = op.output
+        if op.kind in ("elementwise", "tie", "linear") or by_position(op):
+            return True
+        if op.kind == "matmul":
+            right = op.inputs[1]
+            return right is not None and right.rank == 2 and not self.analysis.flow.comes_from(right)
+        if op.kind in ("norm", "reduce"):
+            axes = op.attrs.get("axes", ())
+            rank = out.rank if op.kind == "norm" or op.attrs.get("keepdim") else out.rank + 1
+            keeps = op.kind == "norm" or bool(op.attrs.get("keepdim"))
+            return keeps and tuple(axes) == (rank - 1,)
+        return op.kind == "softmax" and op.attrs["axis"] == out.rank - 1
+
+    def _passed(self, op: Op) -> Carried:
+        """Rows are computed one by one: their numbers stay."""
+        found: list[Carried] = []
+        for operand in op.inputs:
+            if operand is None:
+                continue
+            carried = self._carry(operand)
+            if carried is not None:
+                found.append(carried)
+            elif self.analysis.flow.comes_from(operand):
+                raise Refused(
+                    f"{op.target} (%{op.name}) computes with %{operand.name}, another input, where the "
+                    f"{self.space.length} tokens of %{op.output.name} are on their way"
+                )
+        if not found or any(one.line is not found[0].line for one in found):
+            raise Refused(f"{op.target} (%{op.name}) mixes tokens that came by different ways")
+        best = max(found, key=lambda one: one.wide)
+        if best.wide and (
+            op.kind not in ("elementwise", "tie") or self._width(op.output) != self._width(best.value)
+        ):
+            best = self._narrow(best)
+            self.shuffled.append(best.value)
+            if self.ranked is not None:
+                best = Carried(self.ranked(best.value, self), False, best.line)
+        shape = op.output.shape
+        assert shape is not None and best.value.shape is not None
+        if tuple(best.value.shape[:-1]) != tuple(shape[:-1]):
+            wanted = [*shape[:-1], best.value.shape[-1]]
+            return Carried(self._plain("expand", best.value, {"shape": wanted}), best.wide, best.line)
+        return best
+
+    def _width(self, value: Value) -> Dim:
+        assert value.shape is not None
+        return value.shape[-1]
+
+    # ---- ops that move -------------------------------------------------------------------------------
+    def _moved(self, op: Op, value: Value) -> Carried:
+        content = [index for index, v in enumerate(op.inputs) if v is not None and is_float(v)]
+        found = {index: self._carry(self._operand(op, index)) for index in content}
+        if all(one is None for one in found.values()):
+            raise Refused(f"{op.target} (%{op.name}) places tokens by computed numbers")
+        if self._places(op, found):
+            self.placed += [(self._operand(op, i), one, self.outside) for i, one in found.items() if one]
+        elif any(one is None for one in found.values()):
+            self.outside = True
+        wide = not self._keeps_channels(op) or any(one is not None and one.wide for one in found.values())
+        inputs = list(op.inputs)
+        for index in content:
+            operand, one = self._operand(op, index), found[index]
+            if one is None:
+                inputs[index] = self._outside(operand, wide)
+            else:
+                inputs[index] = self._widened(one, operand).value if wide else one.value
+        if op.kind in ("reshape", "expand"):
+            shape = list(value.shape or ())
+            if not wide:
+                shape[-1] = 1
+            x = inputs[0]
+            assert x is not None
+            made = [self._plain(op.kind, x, {"shape": shape})]
+        else:
+            made = self._done(self.graph.repeat(op, inputs, after=self.cursor))
+        line = object()
+        for out, new in zip(op.outputs, made):
+            self._found[out] = Carried(new, wide, line if len(made) == 1 else object())
+        carried = self._found[value]
+        assert carried is not None
+        return carried
+
+    def _places(self, op: Op, found: dict[int, Carried | None]) -> bool:
+        """True when the op puts the tokens where an input says, or among the features of another."""
+        comes_from = self.analysis.flow.comes_from
+        by_input = any(v is not None and not is_float(v) and comes_from(v) for v in op.inputs)
+        others = any(one is None and comes_from(self._operand(op, index)) for index, one in found.items())
+        return by_input or others
+
+    def _keeps_channels(self, op: Op) -> bool:
+        """True when the op leaves the last axis of its operand the last one, whole."""
+        x, out = self._operand(op, 0), op.output
+        last = x.rank - 1
+        if op.kind in ("slice", "select", "split", "unbind", "concat", "gather"):
+            return op.attrs["axis"] != last and all(v is None or v.rank == x.rank for v in op.inputs[:1])
+        if op.kind == "stack":
+            return op.attrs["axis"] <= last
+        if op.kind == "transpose":
+            return op.attrs["perm"][-1] == last
+        if op.kind == "expand":
+            return x.rank > 0 and self._width(x) == self._width(out)
+        if op.kind == "reshape":
+            assert x.shape is not None and out.shape is not None
+            same = bool(x.shape) and bool(out.shape) and x.shape[-1] == out.shape[-1]
+            return same and product(x.shape[:-1]) == product(out.shape[:-1])
+        return False
+
+    def _operand(self, op: Op, index: int) -> Value:
+        value = op.inputs[index]
+        assert value is not None
+        return value
+
+    def _outside(self, like: Value, wide: bool) -> Value:
+        shape = list(like.shape or ())
+        if not wide:
+            shape[-1] = 1
+        constant = self.graph.insert_constant(np.full((1,) * len(shape), OUTSIDE, np.float32), "outside")
+        return self._plain("expand", constant, {"shape": shape})
+
+    def _widened(self, carried: Carried, like: Value) -> Carried:
+        if carried.wide:
+            return carried
+        return Carried(
+            self._plain("expand", carried.value, {"shape": list(like.shape or ())}), True, carried.line
+        )
+
+    def _narrow(self, carried: Carried) -> Carried:
+        if not carried.wide:
+            return carried
+        made = self._done(self.graph.insert("mean_channels", [carried.value], {}, after=self.cursor))[0]
+        return Carried(made, False, carried.line)
+
+    def _plain(self, kind: str, x: Value, attrs: dict[str, list[Dim]]) -> Value:
+        if x.shape is not None and tuple(attrs["shape"]) == tuple(x.shape):
+            return x
+        return self._done([self.graph.insert_plain(kind, [x], attrs, after=self.cursor)])[0]
+
+    def _done(self, made: list[Value]) -> list[Value]:
+        producer = made[0].producer
+        assert producer is not None
+        self.cursor = producer
+        return made

@@ -1,0 +1,47 @@
+"""Sharing the budget of an image out among the whole picture and its tiles (HiRED)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .drop_policies import Tower, Writer, attention_score
+from .errors import Refused
+from .ir.graph import Value
+
+if TYPE_CHECKING:
+    from .drop_at_join import Survey
+    from .token_drop import DropOptions
+
+
+def tile_counts(write: Writer, tower: Tower, options: DropOptions, survey: Survey) -> Value | None:
+    """How many tokens each picture keeps, [T] int32; None where pictures are images of their own."""
+    if options.tiles == 1 or options.policy != "hired":
+        return None
+    if survey.images % options.tiles:
+        raise Refused(
+            f"each text has {survey.images} pictures, which are no images of {options.tiles} pictures each"
+        )
+    grid = tower.analysis.grid(tower.space) or _square(tower.candidates)
+    score, _ = attention_score(write, tower, options.budget_layer, options.heads)
+    rows, columns = options.grid
+    return write(
+        "tile_budgets",
+        [score],
+        rows=rows,
+        columns=columns,
+        height=grid[0],
+        width=grid[1],
+        prefix=tower.space.prefix,
+        budget=options.kept(tower.candidates) * options.tiles,
+        alpha=options.alpha,
+        published=options.compat == "reference",
+    )[0]
+
+
+def _square(count: int) -> tuple[int, int]:
+    side = round(count**0.5)
+    if side * side != count:
+        raise Refused(
+            f"the {count} tokens of a picture are no square, and the graph does not show their grid"
+        )
+    return side, side

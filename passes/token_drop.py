@@ -1,0 +1,176 @@
+"""Token dropping: of the tokens of an image, those that matter go on, the others are left out.
+
+Vision-language models write the features of a picture among the embeddings of a text; most of those tokens change
+nothing. A *policy* says which are kept (`drop_policies.py`); what it says is carried to where the features stand in the
+text (`carry.py`), and the text's token space is cut there (`cut.py`), so that the language model sees fewer tokens, at
+the positions they had. Input ids, masks and pictures are fed as before. `fastv` cuts inside the language model; in a
+graph without a text, tokens are dropped between two blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .analysis.joins import Join, find_joins
+from .analysis.spaces import Analysis, TokenSpace, analyse
+from .base import Outcome, Pass, PassContext, register
+from .drop_at_join import drop_at_join, drop_in_language
+from .drop_within import drop_within
+from .errors import NothingMatched, PipelineError, Refused
+from .ir.graph import Graph
+from .scattered_add import spell_out
+from .unfold import unfold
+
+POLICIES = (
+    "hired",
+    "fastv",
+    "visionzip",
+    "prumerge",
+    "cls-topk",
+    "similarity",
+    "uniform",
+    "random",
+    "tail",
+)
+Policy = Literal[
+    "hired", "fastv", "visionzip", "prumerge", "cls-topk", "similarity", "uniform", "random", "tail"
+]
+
+
+@dataclass(frozen=True)
+class DropOptions:
+    """`policy`: what says which tokens are kept. `budget`: the share of an image's tokens that is kept (up to 1), or
+    how many of each image (2 and more). `layer`: the attention that is asked, from the end where negative (-1); for
+    fastv the language block before which tokens are dropped (2); in a graph without a text the block before which they
+    are dropped (the middle one). `heads`: sum or mean over the heads. `positions`: kept tokens have the positions they
+    had ("keep") or count from 0 ("compact"). `outputs`: per-token outputs have a row for every token, zeros where it
+    was dropped ("restore"), or for the kept ones only ("kept"). `tiles` and `grid`: so many pictures are one image, the
+    first the whole of it and the others its tiles in (rows, columns); hired then gives `alpha` of the image's budget to
+    the first and shares the rest by the attention of block `budget_layer`. `compat=reference`: hired as its published
+    code does it. `contextual`: share of the budget that visionzip merges the rest into. `neighbours`: how many tokens
+    prumerge takes into each kept one. `seed`: of random."""
+
+    policy: Policy = "hired"
+    budget: float = 0.2
+    layer: int | None = None
+    heads: Literal["sum", "mean"] = "sum"
+    positions: Literal["keep", "compact"] = "keep"
+    outputs: Literal["restore", "kept"] = "restore"
+    tiles: int = 1
+    grid: tuple[int, int] = (1, 1)
+    alpha: float = 0.5
+    budget_layer: int = 0
+    compat: Literal["none", "reference"] = "none"
+    contextual: float = 0.15
+    neighbours: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.budget <= 0 or (self.budget > 1 and self.budget != int(self.budget)):
+            raise PipelineError(
+                f"budget is a share of the tokens above 0 and up to 1, or a number of them, not {self.budget}"
+            )
+        if not 0 <= self.alpha <= 1:
+            raise PipelineError(f"alpha must be from 0 to 1, not {self.alpha}")
+        if not 0 < self.contextual < 1:
+            raise PipelineError(f"contextual must be above 0 and below 1, not {self.contextual}")
+        if self.tiles < 1 or min(self.grid) < 1:
+            raise PipelineError("tiles and grid must be at least 1")
+        if self.tiles > 1 and self.tiles != self.grid[0] * self.grid[1] + 1:
+            raise PipelineError(
+                f"an image of {self.tiles} pictures is the whole and a grid of {self.tiles - 1}, which "
+                f"{self.grid[0]} by {self.grid[1]} is not"
+            )
+        if self.neighbours < 1:
+            raise PipelineError(f"neighbours must be at least 1, not {self.neighbours}")
+        if self.compat == "reference" and self.policy != "hired":
+            raise PipelineError(f"compat=reference is known for hired, not for {self.policy}")
+
+    @property
+    def nothing(self) -> bool:
+        """True when every token is kept."""
+        return self.budget == 1
+
+    def kept(self, count: int) -> int:
+        """How many of an image's `count` tokens are kept."""
+        return min(int(self.budget), count) if self.budget > 1 else share_of(count, self.budget)
+
+
+def share_of(count: int, ratio: float) -> int:
+    """floor(count * ratio), as the ops reckon it."""
+    from ..kernels.lengths import fraction
+
+    share = fraction(ratio)
+    return count * share.numerator // share.denominator
+
+
+@register
+class TokenDrop(Pass):
+    """Drops tokens of images where they join a text, inside the language model (fastv), or between two blocks of a
+    graph without a text."""
+
+    name = "token-drop"
+    exact = False
+    reduces = True
+    summary = "leave out the visual tokens that matter least (HiRED, FastV, VisionZip, PruMerge, ...)"
+    Options = DropOptions
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        """Drop in place. Raises NothingMatched without attention over tokens, Refused where it is not safe."""
+        options: DropOptions = self.options
+        if options.nothing:
+            return Outcome(notes=["nothing to drop: the budget is 1"])
+        analysis = analyse(graph)
+        unfolded, added = unfold(graph, analysis), spell_out(graph)
+        if unfolded or added:
+            analysis = analyse(graph)
+        spaces = [space for space in analysis.spaces if space.blocks]
+        if not spaces:
+            raise NothingMatched(
+                "token-drop found no self-attention over tokens "
+                f"({len(graph.ops_of('attention'))} attention ops among {len(graph.ops)} operations)"
+            )
+        outcome = Outcome(changed=True)
+        if unfolded:
+            outcome.statistics["unfolded"] = unfolded
+        if added:
+            outcome.statistics["additions spelled out"] = added
+        join = the_join(analysis)
+        if options.policy == "fastv":
+            if join is None:
+                raise Refused("policy=fastv needs the features of an image among the tokens of a text")
+            drop_in_language(graph, analysis, join, options, context, outcome)
+        elif join is not None:
+            drop_at_join(graph, analysis, join, options, context, outcome)
+        else:
+            drop_within(graph, analysis, _only(spaces), options, context, outcome)
+        outcome.statistics["removed dead ops"] = graph.remove_dead()
+        return outcome
+
+    @classmethod
+    def applicability(cls, analysis: Analysis) -> list[str]:
+        """One sentence: where tokens would be dropped."""
+        spaces = [space for space in analysis.spaces if space.blocks]
+        if not spaces:
+            return ["does not apply: the graph has no self-attention over tokens"]
+        join = the_join(analysis)
+        if join is None and len(spaces) > 1:
+            return ["does not apply: the graph has several token spaces and none flows into another"]
+        if join is None:
+            return [f"applies between two blocks, to {spaces[0].length} tokens"]
+        return [f"applies: {join.sentence(analysis)}, whose {join.target.length} tokens become fewer"]
+
+
+def the_join(analysis: Analysis) -> Join | None:
+    """Where the tokens of an image are written among those of a text: the last such place of the graph."""
+    joins = [join for join in find_joins(analysis) if join.crossing is None]
+    return joins[-1] if joins else None
+
+
+def _only(spaces: list[TokenSpace]) -> TokenSpace:
+    if len(spaces) > 1:
+        raise Refused(
+            f"the graph has {len(spaces)} token spaces and the tokens of none are written among another's"
+        )
+    return spaces[0]
