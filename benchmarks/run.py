@@ -23,6 +23,7 @@ LANGUAGE = (
     "perplexity",
     "h2o",
     "windowed",
+    "token_drop",
     "cached_attention",
 )
 OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")

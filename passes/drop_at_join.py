@@ -58,7 +58,7 @@ def drop_at_join(
     outcome.notes.append(how)
     merged: Merged | None = None
     if not survey.shuffled:
-        counts = tile_counts(write, tower, options, survey)
+        counts = tile_counts(write, tower, options, survey.images)
         among = tower.among(write)
         budget = {"count": dominant(options, kept)} if counts is None else {}
         shared = options.compat == "reference" and options.tiles == 1

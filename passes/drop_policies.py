@@ -36,14 +36,17 @@ class Writer:
         self.cursor = made[0].producer
         return made
 
-    def expand(self, array: np.ndarray, name: str, shape: list[Dim]) -> Value:
-        """A constant as large as `shape`."""
-        constant = self.graph.insert_constant(array, name)
-        if constant.shape is not None and tuple(constant.shape) == tuple(shape):
-            return constant
-        made = self.graph.insert_plain("expand", [constant], {"shape": shape}, after=self.cursor)
+    def plain(self, kind: str, x: Value, shape: list[Dim]) -> Value:
+        """`x` reshaped or expanded to `shape`."""
+        if x.shape is not None and tuple(x.shape) == tuple(shape):
+            return x
+        made = self.graph.insert_plain(kind, [x], {"shape": shape}, after=self.cursor)
         self.cursor = made.producer
         return made
+
+    def expand(self, array: np.ndarray, name: str, shape: list[Dim]) -> Value:
+        """A constant as large as `shape`."""
+        return self.plain("expand", self.graph.insert_constant(array, name), shape)
 
 
 @dataclass

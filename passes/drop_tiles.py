@@ -9,17 +9,17 @@ from .errors import Refused
 from .ir.graph import Value
 
 if TYPE_CHECKING:
-    from .drop_at_join import Survey
     from .token_drop import DropOptions
 
 
-def tile_counts(write: Writer, tower: Tower, options: DropOptions, survey: Survey) -> Value | None:
-    """How many tokens each picture keeps, [T] int32; None where pictures are images of their own."""
+def tile_counts(write: Writer, tower: Tower, options: DropOptions, pictures: int) -> Value | None:
+    """How many tokens each picture keeps, [T] int32; None where pictures are images of their own. `pictures`: in each
+    text."""
     if options.tiles == 1 or options.policy != "hired":
         return None
-    if survey.images % options.tiles:
+    if pictures % options.tiles:
         raise Refused(
-            f"each text has {survey.images} pictures, which are no images of {options.tiles} pictures each"
+            f"each text has {pictures} pictures, which are no images of {options.tiles} pictures each"
         )
     grid = tower.analysis.grid(tower.space) or _square(tower.candidates)
     score, _ = attention_score(write, tower, options.budget_layer, options.heads)

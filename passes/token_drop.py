@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .analysis.joins import Join, find_joins
+from .analysis.packed import packed_spaces
 from .analysis.spaces import Analysis, TokenSpace, analyse
 from .base import Outcome, Pass, PassContext, register
 from .drop_at_join import drop_at_join, drop_in_language
+from .drop_at_output import drop_at_output
+from .drop_at_readers import drop_at_readers
 from .drop_within import drop_within
 from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph
@@ -45,7 +48,8 @@ class DropOptions:
     fastv the language block before which tokens are dropped (2); in a graph without a text the block before which they
     are dropped (the middle one). `heads`: sum or mean over the heads. `positions`: kept tokens have the positions they
     had ("keep") or count from 0 ("compact"). `outputs`: per-token outputs have a row for every token, zeros where it
-    was dropped ("restore"), or for the kept ones only ("kept"). `tiles` and `grid`: so many pictures are one image, the
+    was dropped ("restore"), or for the kept ones only ("kept"); in a graph without a text that is where tokens are
+    dropped then, if no layer is given. `tiles` and `grid`: so many pictures are one image, the
     first the whole of it and the others its tiles in (rows, columns); hired then gives `alpha` of the image's budget to
     the first and shares the rest by the attention of block `budget_layer`. `compat=reference`: hired as its published
     code does it. `contextual`: share of the budget that visionzip merges the rest into. `neighbours`: how many tokens
@@ -138,11 +142,15 @@ class TokenDrop(Pass):
             outcome.statistics["additions spelled out"] = added
         join = the_join(analysis)
         if options.policy == "fastv":
-            if join is None:
+            if join is None or join.crossing is not None:
                 raise Refused("policy=fastv needs the features of an image among the tokens of a text")
             drop_in_language(graph, analysis, join, options, context, outcome)
+        elif join is not None and join.crossing is not None:
+            drop_at_readers(graph, analysis, join, options, outcome)
         elif join is not None:
             drop_at_join(graph, analysis, join, options, context, outcome)
+        elif options.outputs == "kept" and options.layer is None:
+            drop_at_output(graph, analysis, _part(analysis, spaces), options, context, outcome)
         else:
             drop_within(graph, analysis, _only(spaces), options, context, outcome)
         outcome.statistics["removed dead ops"] = graph.remove_dead()
@@ -163,9 +171,17 @@ class TokenDrop(Pass):
 
 
 def the_join(analysis: Analysis) -> Join | None:
-    """Where the tokens of an image are written among those of a text: the last such place of the graph."""
-    joins = [join for join in find_joins(analysis) if join.crossing is None]
-    return joins[-1] if joins else None
+    """Where the tokens of an image are written among those of a text, the last such place of the graph; else where
+    they are read by it."""
+    joins = find_joins(analysis)
+    written = [join for join in joins if join.crossing is None]
+    return (written or joins or [None])[-1]
+
+
+def _part(analysis: Analysis, spaces: list[TokenSpace]) -> TokenSpace:
+    """The space of a vision part: the only one, or any of those that share out one axis."""
+    packed = packed_spaces(analysis)
+    return packed[0].parts[0] if len(packed) == 1 else _only(spaces)
 
 
 def _only(spaces: list[TokenSpace]) -> TokenSpace:

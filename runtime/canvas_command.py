@@ -26,8 +26,9 @@ OPTIONS = {
     "threshold": "--threshold",
     "guidance": "--guidance",
     "early_stop": "--early-stop",
+    "buckets": "--buckets",
 }
-"""Fields of `How` that are options of their own."""
+"""Fields of `How`, and of the class, that are options of their own."""
 
 
 def wants_canvas(model: str, given: Mapping[str, Any]) -> bool:

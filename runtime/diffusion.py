@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..passes.errors import ElisionError
+from .canvas_buckets import POSITIONS, ROWS, Bucketed
 from .canvas_facts import CanvasFacts
 from .canvas_plan import canvas_ids
 from .canvas_policies import POLICIES, Policy, Window, policy_named
@@ -125,7 +126,8 @@ class DiffusionGenerator:
         with its config.json beside it, or a module that gives `.logits` for input_ids and has a `config`.
     mask: id of the mask token, shift: whether logits of a position decide the next one; both are read from the
     configuration where they are not given. bits, runtime, context, cache, threads, notify: as of `elision.Generator`.
-    batch: canvases that take a step together.
+    batch: canvases that take a step together. buckets: rows and positions of every call are rounded up to a few numbers
+    (True, or (rows, positions) of which they are multiples), for a host that compiles for each shape.
 
     Raises ElisionError, one line, for what cannot be read, and for a model whose tokens meet in another way than by
     attention of all to all (a causal one, for example)."""
@@ -141,6 +143,7 @@ class DiffusionGenerator:
         mask: int | None = None,
         shift: bool | None = None,
         batch: int = 8,
+        buckets: bool | tuple[int, int] = False,
         cache: bool = True,
         threads: int = 0,
         notify: Callable[[str], None] | None = None,
@@ -155,7 +158,12 @@ class DiffusionGenerator:
             cache=cache, threads=threads, notify=notify or (lambda _step: None), **compile_options,
         )  # fmt: skip
         named = str(model) if isinstance(model, str) or hasattr(model, "__fspath__") else type(model).__name__
-        self._set(opened.model, opened.facts, opened.tokenizer, {"model": named, **opened.settings}, batch)
+        running: CanvasModel = opened.model
+        if buckets:
+            sizes = (ROWS, POSITIONS) if buckets is True else buckets
+            running = Bucketed(opened.model, *sizes)
+            opened.settings["buckets"] = list(sizes)
+        self._set(running, opened.facts, opened.tokenizer, {"model": named, **opened.settings}, batch)
 
     @classmethod
     def around(

@@ -152,6 +152,10 @@ def generate(
     early_stop: Annotated[
         bool, typer.Option("--early-stop", help="End at the first end of a text.", rich_help_panel=CANVAS)
     ] = False,
+    buckets: Annotated[
+        bool,
+        typer.Option("--buckets", help="Few shapes: rows are rounded up.", rich_help_panel=CANVAS),
+    ] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew and keep nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each prompt.")] = False,
 ) -> None:
@@ -182,6 +186,8 @@ def generate(
         "rule": rule, "threshold": threshold, "guidance": guidance, "early_stop": early_stop or None,
     }  # fmt: skip
     said = {name: value for name, value in said.items() if value is not None}
+    if buckets:
+        said["buckets"] = True
     from .canvas_command import generate_canvases, wants_canvas
 
     texts = _read(prompt, prompts)
@@ -201,7 +207,8 @@ def generate(
             name: how[name] for name in ("temperature", "top_k", "top_p", "seed", "chat", "system", "eos")
         }
         built = {"bits": bits, "runtime": runtime, "context": context, "batch": batch, "cache": not no_cache,
-                "threads": threads}  # fmt: skip
+                "threads": threads, "buckets": buckets}  # fmt: skip
+        said.pop("buckets", None)
         generate_canvases(model, asked, shared | said | {"trace": report is not None}, built)
         return
     from .generate import Generator

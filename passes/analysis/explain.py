@@ -8,6 +8,7 @@ from typing import Any
 
 from ..ir.graph import Graph, Op, Value
 from .flow import is_float
+from .joins import find_joins
 from .masks import causal_because, padding_mask
 from .spaces import Analysis, TokenSpace
 
@@ -43,6 +44,7 @@ class Explanation:
     inputs: list[str]
     outputs: list[str]
     spaces: list[SpaceFacts] = field(default_factory=list)
+    joins: list[str] = field(default_factory=list)
     passes: dict[str, list[str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class Explanation:
             lines.append("no token space: no attention was found")
         for number, space in enumerate(self.spaces):
             lines += _space_lines(number, space)
+        lines += [f"join: {sentence}" for sentence in self.joins]
         for name, sentences in self.passes.items():
             lines += [f"{name}: {sentence}" for sentence in sentences]
         return lines
@@ -107,6 +110,7 @@ def explain(graph: Graph) -> Explanation:
         inputs=[repr(v) for v in graph.inputs],
         outputs=[repr(v) for v in graph.outputs],
         spaces=[_facts(analysis, space) for space in analysis.spaces],
+        joins=[join.sentence(analysis) for join in find_joins(analysis)],
     )
     for name, kind in known_passes().items():
         applicability = getattr(kind, "applicability", None)

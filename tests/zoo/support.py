@@ -1,4 +1,4 @@
-"""Writes docs/support.md: what token merging does to every model of the zoo, in both hosts.
+"""Writes docs/support.md: what token merging and token dropping do to every model of the zoo, in both hosts.
 
 python -m tests.zoo.support
 """
@@ -14,6 +14,9 @@ from pathlib import Path
 from . import ZOO
 from .model import ZooModel
 from .outcome import HOSTS, Outcome, merged
+from .vlm import VLMS
+from .vlm_support import HEAD as VLM_HEAD
+from .vlm_support import vlm_row
 
 FAST = ("vit", "dinov2", "bert", "clip_text", "timm_vit", "timm_vit_gap", "timm_deit3", "timm_swin")
 """Models that stand for the rest where all of them would take too long."""
@@ -76,10 +79,11 @@ def main() -> None:
             outcomes = [merged(entry, host, Path(name)) for host in HOSTS]
             lines.append(row(entry, outcomes))
             print(lines[-1], file=sys.stderr)
+        more = [vlm_row(entry, Path(name)) for entry in VLMS.values()]
     target = page()
     target.parent.mkdir(exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+    temporary.write_text(HEAD + "\n".join(lines) + "\n" + VLM_HEAD + "\n".join(more) + "\n", encoding="utf-8")
     temporary.replace(target)
 
 
