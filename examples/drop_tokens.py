@@ -1,0 +1,157 @@
+"""What a vision-language model still answers when it sees a fifth of the picture.
+
+python examples/drop_tokens.py --out DIR
+
+The small trained model of examples/models/shapes-vlm answers questions about held-out pictures, as it is and with the
+pass `token-drop` at several budgets, for every policy. DIR/accuracy.png has the curves, DIR/kept.png a picture with the
+scores as a heat map and the patches that each policy keeps, DIR/accuracy.json the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+from vlm_data import FIRST_IMAGE, PATCH, PATCHES, SIZE, decode, pictures, questions
+from vlm_model import HELD_OUT, load
+
+import elision
+
+POLICIES = {
+    "hired": "",
+    "visionzip": "",
+    "prumerge": " neighbours=8",
+    "fastv": " layer=1",
+    "similarity": "",
+    "uniform": "",
+    "random": "",
+    "tail": "",
+}
+BUDGETS = (0.5, 0.2, 0.1, 0.05)
+ROWS = 50
+"""Questions of one call; the graph is made for so many."""
+
+
+def passes(policy: str, budget: float) -> str:
+    return f"token-drop{{policy={policy} budget={budget}{POLICIES[policy]}}}"
+
+
+class Asked:
+    """Held-out questions in calls of ROWS: input_ids, attention_mask and pixels, with the right answers."""
+
+    def __init__(self, count: int, asked: int = 5) -> None:
+        self.pixels, scenes = pictures(HELD_OUT + 77, count)
+        found = questions(scenes, [HELD_OUT + 77, 1], asked)
+        whole = len(found.answers) // ROWS * ROWS
+        self.answers = found.answers[:whole]
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = [
+            (
+                torch.from_numpy(found.input_ids[rows]),
+                torch.from_numpy(found.attention_mask[rows]),
+                torch.from_numpy(self.pixels[found.picture[rows]]),
+            )
+            for rows in np.split(np.arange(whole), whole // ROWS)
+        ]
+
+    @torch.no_grad()
+    def accuracy(self, module: Any) -> float:
+        """The share of questions that `module` answers as it should."""
+        found = [module(*call)[:, -1].argmax(-1).numpy() for call in self.calls]
+        return float((np.concatenate(found) == self.answers).mean())
+
+
+def curves(program: Any, asked: Asked) -> dict[str, Any]:
+    """Accuracy without the pass, and by policy and budget."""
+    whole = asked.accuracy(program.module())
+    print(f"all {PATCHES} tokens: {whole:.1%} of {len(asked.answers)} answers are right")
+    found: dict[str, dict[str, float]] = {}
+    for policy in POLICIES:
+        found[policy] = {}
+        for budget in BUDGETS:
+            made = elision.optimize(program, passes(policy, budget), asked.calls[0], force=True, verify=False)
+            found[policy][str(budget)] = asked.accuracy(made.module)
+        shown = "  ".join(f"{float(b):.0%}: {share / whole:.3f}" for b, share in found[policy].items())
+        print(f"{policy:>10}  share of that accuracy at {shown}", flush=True)
+    return {"all": whole, "questions": len(asked.answers), "tokens": PATCHES, "policies": found}
+
+
+def draw_curves(told: dict[str, Any], file: Path) -> None:
+    """Accuracy against the share of tokens that is kept, a line for each policy."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for policy, by_budget in told["policies"].items():
+        shares = [1.0, *map(float, by_budget)]
+        axes.plot(shares, [told["all"], *by_budget.values()], marker="o", label=policy)
+    axes.axhline(0.97 * told["all"], color="grey", linestyle=":", label="97 % of the full accuracy")
+    axes.set_xscale("log")
+    axes.set_xticks([1, *BUDGETS], [f"{share:.0%}" for share in (1, *BUDGETS)])
+    axes.minorticks_off()
+    axes.set_xlabel(f"share of the {PATCHES} image tokens that is kept")
+    axes.set_ylabel("right answers")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_kept(program: Any, asked: Asked, file: Path, budget: float = 0.2, row: int = 0) -> None:
+    """One picture, the class token's attention over it, and what each policy keeps of it."""
+    call = asked.calls[0]
+    panels = ["hired", "visionzip", "fastv", "similarity", "uniform", "random"]
+    figure, axes = plt.subplots(2, 4, figsize=(12, 6.4), layout="constrained")
+    cells = list(axes.ravel())
+    picture = np.clip(call[2][row].numpy().transpose(1, 2, 0) / 2 + 0.5, 0, 1)
+    _show(cells[0], picture, "the picture")
+    _show(cells[1], picture, "how early patches stay (hired)")
+    side = SIZE // PATCH
+    order = np.zeros(PATCHES)
+    for share in (0.05, 0.1, 0.2, 0.35, 0.5, 0.75):
+        order += _kept(program, "hired", share, call, row)
+    heat = np.kron(order.reshape(side, side), np.ones((PATCH, PATCH)))
+    cells[1].imshow(heat, cmap="inferno", alpha=0.6)
+    for cell, policy in zip(cells[2:], panels):
+        kept = _kept(program, policy, budget, call, row).reshape(side, side)
+        shade = np.kron(kept, np.ones((PATCH, PATCH)))[..., None]
+        _show(cell, picture * (0.2 + 0.8 * shade), f"{policy}, {budget:.0%}")
+    figure.suptitle(decode(call[0][row].numpy()))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _show(axes: Axes, picture: np.ndarray, title: str) -> None:
+    axes.imshow(picture)
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
+
+
+def _kept(program: Any, policy: str, budget: float, call: tuple[Tensor, ...], row: int) -> np.ndarray:
+    """1 for each patch of a row's picture that is kept, else 0: from the pass's token map."""
+    made = elision.optimize(program, passes(policy, budget), call, force=True, verify=False, token_map=True)
+    slots = made.module(*call)[-1][row].numpy()
+    return (slots[FIRST_IMAGE : FIRST_IMAGE + PATCHES] >= 0).astype(float)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("drop"), help="where pictures and numbers go")
+    parser.add_argument("--pictures", type=int, default=200, help="held-out pictures, five questions each")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    asked = Asked(given.pictures)
+    model = load().requires_grad_(False)
+    program = torch.export.export(model, asked.calls[0], strict=False)
+    told = curves(program, asked)
+    (given.out / "accuracy.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    draw_curves(told, given.out / "accuracy.png")
+    draw_kept(program, asked, given.out / "kept.png")
+    print(f"written: {given.out / 'accuracy.png'}, {given.out / 'kept.png'}, {given.out / 'accuracy.json'}")
+
+
+if __name__ == "__main__":
+    main()
