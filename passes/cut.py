@@ -158,15 +158,11 @@ class Cutter:
                 self.crossing.put(out, target)
 
     def _not_again(self, op: Op, level: Level) -> None:
-        """Dropped tokens cannot come back where later attentions would see them."""
-        if not any(step.drops for step in level.chain()):
-            return
-        for block in self.space.blocks:
-            if any(self.analysis.flow.depends(block.attention.output, out) for out in op.outputs):
-                raise Refused(
-                    f"{op.target} (%{op.name}) needs all {self.space.length} tokens, of which some are gone, and "
-                    f"%{block.attention.name} would see them again"
-                )
+        """Merged tokens come back as copies; of dropped ones nothing is left that could be computed with."""
+        if any(step.drops for step in level.chain()):
+            raise Refused(
+                f"{op.target} (%{op.name}) needs all {self.space.length} tokens, of which some are gone"
+            )
 
     def _rewire(self, op: Op, original: list[Value | None], level: Level) -> None:
         """Let every operand be what stands for it at `level`."""

@@ -45,7 +45,7 @@ def drop_at_join(
     tower = tower_of(analysis, join)
     survey = look(graph, join, context)
     kept = options.kept(survey.each)
-    gone = survey.rows - survey.images * kept
+    gone = survey.rows - options.kept_in(survey.each, survey.images)
     if gone <= 0:
         outcome.changed = False
         outcome.notes.append(f"nothing to drop: all {survey.each} tokens of an image are kept")

@@ -75,7 +75,7 @@ def drop_at_output(
         found = write("top_tokens", [found, counts], **budget)[0]
     images, tokens = pictures // options.tiles, each * options.tiles
     found = write.plain("reshape", found, [images, tokens])
-    gone = (each - kept) * options.tiles
+    gone = tokens - options.kept_in(each, options.tiles)
     _, keep, _, _, _ = write("drop_tokens", [found], count=gone)
     features = write.plain("reshape", value, [images, tokens, value.shape[-1]])
     fewer = write("select_tokens", [features, keep], axis=1, rank=3, batch_axis=0)[0]

@@ -40,7 +40,7 @@ def merge_features(
         return Merged(flags)
     value = last_stream(tower, join)
     readers = tuple(value.users)
-    keys = tower.keys(write, -1 if options.layer is None else options.layer)
+    keys = tower.keys(write, -1 if options.layer is None else options.layer)[0]
     if options.policy == "prumerge":
         attrs = {"kept": kept, "neighbours": options.neighbours}
         made = write("absorb_tokens", [value, keys, score, flags], **attrs)[0]

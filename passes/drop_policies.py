@@ -36,6 +36,14 @@ class Writer:
         self.cursor = made[0].producer
         return made
 
+    def joined(self, parts: list[Value]) -> Value:
+        """[1, n] of each picture in turn as [1, N]; a single value is itself."""
+        if len(parts) == 1:
+            return parts[0]
+        made = self.graph.insert_plain("concat", parts, {"axis": 1}, after=self.cursor)
+        self.cursor = made.producer
+        return made
+
     def plain(self, kind: str, x: Value, shape: list[Dim]) -> Value:
         """`x` reshaped or expanded to `shape`."""
         if x.shape is not None and tuple(x.shape) == tuple(shape):
@@ -81,16 +89,14 @@ class Tower:
             )
         return self.layers[layer]
 
-    def keys(self, write: Writer, layer: int) -> Value:
-        """The keys of layer `layer`, mean over the heads: [T, N, D]."""
-        parts = self.layer(layer)
-        if len(parts) > 1:
-            raise Refused(
-                f"the keys of {len(parts)} pictures are no one value: this policy takes pictures of one size"
-            )
-        keys = parts[0].inputs[1]
-        assert keys is not None
-        return keys if keys.rank == 3 else write("mean_heads", [keys])[0]
+    def keys(self, write: Writer, layer: int) -> list[Value]:
+        """The keys of layer `layer`, mean over the heads: [T, N, D], or [1, n, D] of each picture in turn."""
+        found = []
+        for attention in self.layer(layer):
+            keys = attention.inputs[1]
+            assert keys is not None
+            found.append(keys if keys.rank == 3 else write("mean_heads", [keys])[0])
+        return found
 
     def among(self, write: Writer) -> Value | None:
         """-1 for tokens that are not asked about, [T, N]; None where all are."""
@@ -123,11 +129,7 @@ def attention_score(write: Writer, tower: Tower, layer: int, heads: str) -> tupl
             attrs |= {"first": step // 2, "step": step}
         inputs = [*attention.inputs[:2], attention.operand(3)]
         scores.append(write("attention_rows", inputs, heads=heads, **attrs)[0])
-    if len(scores) == 1:
-        return scores[0], how
-    whole = write.graph.insert_plain("concat", scores, {"axis": 1}, after=write.cursor)
-    write.cursor = whole.producer
-    return whole, f"{how}, for {len(parts)} pictures"
+    return write.joined(scores), how + (f", for {len(parts)} pictures" if len(parts) > 1 else "")
 
 
 def attention_attrs(attention: Op) -> dict[str, Any]:
@@ -177,8 +179,8 @@ def score_of(
     if policy in FROM_ATTENTION:
         return attention_score(write, tower, layer, options.heads)
     if policy == "similarity":
-        keys = tower.keys(write, layer)
-        return write("distinct_tokens", [keys])[0], "scores are how unlike the other keys a key is"
+        scores = [write("distinct_tokens", [keys])[0] for keys in tower.keys(write, layer)]
+        return write.joined(scores), "scores are how unlike the other keys a key is"
     space = tower.space
     line = np.zeros((1, tower.candidates + space.prefix + space.suffix), np.float32)
     end = line.shape[1] - space.suffix

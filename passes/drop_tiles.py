@@ -32,7 +32,7 @@ def tile_counts(write: Writer, tower: Tower, options: DropOptions, pictures: int
         height=grid[0],
         width=grid[1],
         prefix=tower.space.prefix,
-        budget=options.kept(tower.candidates) * options.tiles,
+        budget=options.kept_in(tower.candidates, options.tiles),
         alpha=options.alpha,
         published=options.compat == "reference",
     )[0]

@@ -17,10 +17,9 @@ NONZERO = frozenset({"NonZero", "aten.nonzero"})
 def spell_out(graph: Graph) -> int:
     """Rewrite in place; returns how many such additions there were. Bits stay, but that -0 + 0 is 0."""
     count = 0
-    for op in graph.ops_of("scatter"):
+    for op in additions(graph):
         found = _added(op)
-        if found is None:
-            continue
+        assert found is not None
         add, data, f, shapes = found
         assert data.shape is not None
         constant = graph.insert_constant(np.zeros((1,) * data.rank, np.float32), "nothing")
@@ -40,6 +39,11 @@ def spell_out(graph: Graph) -> int:
     if count:
         graph.remove_dead()  # the rows as they were read
     return count
+
+
+def additions(graph: Graph) -> list[Op]:
+    """The ops that write back rows to which something was added."""
+    return [op for op in graph.ops_of("scatter") if _added(op) is not None]
 
 
 def _added(op: Op) -> tuple[Op, Value, Value, list[Op]] | None:

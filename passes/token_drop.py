@@ -9,6 +9,7 @@ graph without a text, tokens are dropped between two blocks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +23,8 @@ from .drop_at_readers import drop_at_readers
 from .drop_within import drop_within
 from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph
-from .scattered_add import spell_out
-from .unfold import unfold
+from .scattered_add import additions, spell_out
+from .unfold import folds, unfold
 
 POLICIES = (
     "hired",
@@ -65,13 +66,14 @@ class DropOptions:
     grid: tuple[int, int] = (1, 1)
     alpha: float = 0.5
     budget_layer: int = 0
-    compat: Literal["none", "reference"] = "none"
+    compat: Literal["ours", "reference"] = "ours"
     contextual: float = 0.15
     neighbours: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.budget <= 0 or (self.budget > 1 and self.budget != int(self.budget)):
+        whole = math.isfinite(self.budget) and self.budget == int(self.budget)
+        if not self.budget > 0 or (self.budget > 1 and not whole):
             raise PipelineError(
                 f"budget is a share of the tokens above 0 and up to 1, or a number of them, not {self.budget}"
             )
@@ -90,6 +92,10 @@ class DropOptions:
             raise PipelineError(f"neighbours must be at least 1, not {self.neighbours}")
         if self.compat == "reference" and self.policy != "hired":
             raise PipelineError(f"compat=reference is known for hired, not for {self.policy}")
+        if self.tiles > 1 and self.policy != "hired":
+            raise PipelineError(
+                f"tiles share the budget of an image out under hired, not under {self.policy}"
+            )
 
     @property
     def nothing(self) -> bool:
@@ -97,8 +103,14 @@ class DropOptions:
         return self.budget == 1
 
     def kept(self, count: int) -> int:
-        """How many of an image's `count` tokens are kept."""
+        """How many of a picture's `count` tokens are kept."""
         return min(int(self.budget), count) if self.budget > 1 else share_of(count, self.budget)
+
+    def kept_in(self, count: int, pictures: int) -> int:
+        """How many are kept of `pictures` pictures of `count` tokens each; those of one image share its budget."""
+        if self.policy == "hired" and self.tiles > 1 and self.budget <= 1:
+            return share_of(count * self.tiles, self.budget) * (pictures // self.tiles)
+        return self.kept(count) * pictures
 
 
 def share_of(count: int, ratio: float) -> int:
@@ -122,9 +134,18 @@ class TokenDrop(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Drop in place. Raises NothingMatched without attention over tokens, Refused where it is not safe."""
-        options: DropOptions = self.options
-        if options.nothing:
+        if self.options.nothing:
             return Outcome(notes=["nothing to drop: the budget is 1"])
+        analysis = analyse(graph)
+        if folds(graph, analysis) or additions(graph):
+            # Those are rewritten before it is known whether anything goes; if not, the graph stays as it is.
+            tried = self._drop(graph.copy(), context)
+            if not tried.changed:
+                return tried
+        return self._drop(graph, context)
+
+    def _drop(self, graph: Graph, context: PassContext) -> Outcome:
+        options: DropOptions = self.options
         analysis = analyse(graph)
         unfolded, added = unfold(graph, analysis), spell_out(graph)
         if unfolded or added:

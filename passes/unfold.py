@@ -14,11 +14,11 @@ BY_ROW = frozenset({"linear", "norm", "elementwise", "tie"})
 
 def unfold(graph: Graph, analysis: Analysis) -> int:
     """Rewrite in place; returns how many folding reshapes were undone. The analysis is void where it is not 0."""
-    folds = {op: op.inputs[0] for op in graph.ops_of("reshape") if _folds(analysis, op)}
-    region: dict[Value, None] = {op.output: None for op in folds}
+    found = {op: op.inputs[0] for op in folds(graph, analysis)}
+    region: dict[Value, None] = {op.output: None for op in found}
     inside: list[Op] = []
     for op in graph.ops:
-        if op in folds or not any(v in region for v in op.inputs if v is not None):
+        if op in found or not any(v in region for v in op.inputs if v is not None):
             continue
         if _returns(analysis, op):
             continue
@@ -28,13 +28,18 @@ def unfold(graph: Graph, analysis: Analysis) -> int:
         region.update(dict.fromkeys(op.outputs))
     if any(value in region for value in graph.outputs):
         return 0
-    for op, x in folds.items():
+    for op, x in found.items():
         assert x is not None
         for user, index in list(op.output.users):
             graph.set_operand(user, index, x)
     for op in inside:
         graph.refresh(op)
-    return len(folds)
+    return len(found)
+
+
+def folds(graph: Graph, analysis: Analysis) -> list[Op]:
+    """The reshapes that fold batch and tokens."""
+    return [op for op in graph.ops_of("reshape") if _folds(analysis, op)]
 
 
 def _folds(analysis: Analysis, op: Op) -> bool:

@@ -26,6 +26,8 @@ from tests.zoo.outcome import (
     real_rows,
 )
 from tests.zoo.support import FAST, page, row, rows_of
+from tests.zoo.vlm import VLMS
+from tests.zoo.vlm_support import vlm_row
 
 NOTHING = "token-merge{r=0}"
 MASKED = [name for name, entry in ZOO.items() if entry.mask]
@@ -245,7 +247,9 @@ def test_the_support_page_is_current(zoo_folder: Path) -> None:
 
     assert page().exists()
     written = rows_of(page().read_text(encoding="utf-8"))
-    assert list(written) == list(ZOO)
+    assert list(written) == [*ZOO, *VLMS]
     for name in FAST:
         outcomes = [merged(ZOO[name], host, zoo_folder) for host in HOSTS]
         assert nameless(written[name]) == nameless(row(ZOO[name], outcomes))
+    for name in ("llava_batch", "internvl"):
+        assert nameless(written[name]) == nameless(vlm_row(VLMS[name], zoo_folder))

@@ -89,7 +89,7 @@ def _shared(weight: Tensor, total: int, most: int, tiles: int) -> Tensor:
     left, quota = quotas()
     low = torch.floor(quota + 1e-9)
     missing = left - low.sum(1, keepdim=True)
-    part = torch.where(open_ > 0, quota - low, -1.0)
+    part = torch.where(open_ > 0, torch.round((quota - low) * 1e9), -1.0)  # rounding makes no order of equals
     order = torch.sort(part, dim=1, descending=True, stable=True).indices
     places = torch.arange(weight.shape[1], device=weight.device).expand_as(order)
     rank = torch.zeros_like(order).scatter(1, order, places)
@@ -145,7 +145,8 @@ def _body_shared(b: Body, weight: str, total: int, most: int, tiles: int) -> str
     left, quota = quotas()
     low = b("Floor", b("Add", quota, b.constant(1e-9, DOUBLE)))
     missing = b("Sub", left, b("ReduceSum", low, along, keepdims=1))
-    part = b("Where", b("Greater", open_, zero), b("Sub", quota, low), b.constant(-1.0, DOUBLE))
+    remainder = b("Round", b("Mul", b("Sub", quota, low), b.constant(1e9, DOUBLE)))
+    part = b("Where", b("Greater", open_, zero), remainder, b.constant(-1.0, DOUBLE))
     order = body_sorted(b, part, largest=True)[1]
     places = b("Expand", b.count(b.length(order, 1)), b("Shape", order))
     rank = b("ScatterElements", order, order, places, axis=1)

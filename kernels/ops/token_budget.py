@@ -77,7 +77,8 @@ def drop_tokens(
     slot [B, N], keep [B, N-count], source [B, count] int32; size [B, N-count] and fits [B] float32. Tokens keep their
     order. Wanted are tokens with a flag other than 0 that are no padding; the first `prefix` and the last `suffix`
     tokens keep their place, padding or not. A sample that wants fewer than there are slots fills up with others, whose
-    size is 0 (nothing attends to them) and whose slot is -1; one that wants more does not fit (fits 0)."""
+    size is 0 (nothing attends to them) and whose slot is -1; one that wants more does not fit (fits 0), and all of its
+    tokens have slot 0."""
     batch, length = flags.shape
     wanted = flags != 0 if valid is None else (flags != 0) & (valid > 0)
     left = length - count
@@ -89,6 +90,7 @@ def drop_tokens(
     slot = torch.where(stays, torch.full_like(places, -1).scatter(1, keep, places[:, :left]), -1)
     size = torch.gather(wanted.float(), 1, keep)
     fits = (stays.sum(1) <= left).float()
+    slot = torch.where(fits[:, None] > 0, slot, 0)
     return slot.int(), keep.int(), source.int(), size, fits
 
 
@@ -120,7 +122,9 @@ def _drop_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]
     slot = b("Where", stays, slot, b.constant(-1))
     size = b("GatherElements", b.cast(wanted, FLOAT), keep, axis=1)
     number = b("ReduceSum", b.cast(stays, INT64), b.constant([1]), keepdims=0)
-    fits = b.cast(b("LessOrEqual", number, left), FLOAT)
+    room = b("LessOrEqual", number, left)
+    slot = b("Where", b.unsqueeze(room, 1), slot, b.constant(0))
+    fits = b.cast(room, FLOAT)
     return [*(b.cast(x, INT32) for x in (slot, keep, source)), size, fits]
 
 

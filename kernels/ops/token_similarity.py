@@ -100,19 +100,22 @@ def absorb_tokens(
 ) -> Tensor:
     """x [T, P, C], metric [T, P, D], score and flags [T, P] (`kept` flags are 1) -> y [T, P, C].
 
-    A kept token becomes the mean of itself and its `neighbours` nearest others by cosine of metric (kept ones too),
-    weighted by score; the other rows stay as they are. The published sum is not normalised, which only scales."""
+    A kept token becomes the mean of itself and its `neighbours` nearest others by cosine of metric (kept ones too, but
+    none whose flag is -1), weighted by score; the other rows stay as they are. The published sum is not normalised,
+    which only scales."""
     length = flags.shape[1]
     places = torch.arange(length, device=flags.device).expand(flags.shape)
     keep = torch.sort(torch.where(flags > 0, places, places + length), dim=1).values[:, :kept]
     unit = normalised(metric)
     similar = take(unit, keep, 1, 0) @ unit.transpose(1, 2)  # [T, K, P]
-    similar = torch.where(keep.unsqueeze(-1) == places.unsqueeze(1), UNLIKE, similar)
+    other = (keep.unsqueeze(-1) != places.unsqueeze(1)) & (flags >= 0).unsqueeze(1)
+    similar = torch.where(other, similar, UNLIKE)
     near = torch.sort(similar, dim=-1, descending=True, stable=True).indices[:, :, :neighbours]
     weight = score.float().clamp(min=0)
     share = torch.zeros_like(similar).scatter(
         2, near, torch.gather(weight.unsqueeze(1).expand_as(similar), 2, near)
     )
+    share = torch.where(other, share, 0.0)
     own = torch.gather(weight, 1, keep).unsqueeze(-1)
     total = (share.sum(-1, keepdim=True) + own).clamp(min=1e-30)
     wide = x.float()
@@ -128,14 +131,17 @@ def _absorb_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[st
     keep = b.slice(body_sorted(b, keys, largest=False)[0], 1, 0, kept)
     unit = body_normalised(b, "metric", operands[1][1])
     similar = b("MatMul", body_take_rows(b, unit, keep), b.permute(unit, [0, 2, 1]))
-    own_place = b("Equal", b.unsqueeze(keep, 2), b.unsqueeze(places, 1))
-    similar = b("Where", own_place, b.constant(UNLIKE, FLOAT), similar)
+    same = b("Equal", b.unsqueeze(keep, 2), b.unsqueeze(places, 1))
+    asked = b.unsqueeze(b("GreaterOrEqual", "flags", b.constant(0.0, FLOAT)), 1)
+    other = b("And", b("Not", same), asked)
+    similar = b("Where", other, similar, b.constant(UNLIKE, FLOAT))
     most = b("Min", b.constant([attrs["neighbours"]]), length)
     near = b.many("TopK", [similar, most], 2, axis=2, largest=1, sorted=1)[1]
     weight = b("Max", b.cast("score", FLOAT), b.constant(0.0, FLOAT))
     spread = b("Expand", b.unsqueeze(weight, 1), b("Shape", similar))
     nought = b("Mul", similar, b.constant(0.0, FLOAT))
     share = b("ScatterElements", nought, near, b("GatherElements", spread, near, axis=2), axis=2)
+    share = b("Where", other, share, b.constant(0.0, FLOAT))
     own = b.unsqueeze(b("GatherElements", weight, keep, axis=1), 2)
     total = b("Add", b("ReduceSum", share, b.constant([2]), keepdims=1), own)
     wide = "x" if dtype == FLOAT else b.cast("x", FLOAT)

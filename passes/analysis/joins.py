@@ -70,18 +70,21 @@ def find_joins(analysis: Analysis) -> list[Join]:
     return sorted(found, key=lambda join: position[join.op])
 
 
-def _last(space: TokenSpace) -> Value:
-    return space.blocks[-1].attention.output
+def _last(analysis: Analysis, space: TokenSpace) -> Value:
+    """The result of the last attention that these tokens ask."""
+    asked = [*(block.attention for block in space.blocks), *space.reads]
+    return max(asked, key=analysis.flow.position.__getitem__).output
 
 
 def _reaches(analysis: Analysis, source: TokenSpace, target: TokenSpace) -> bool:
     """Does the target's last attention depend on any of the source's?"""
-    return any(analysis.flow.depends(_last(target), block.attention.output) for block in source.blocks)
+    last = _last(analysis, target)
+    return any(analysis.flow.depends(last, block.attention.output) for block in source.blocks)
 
 
 def _arrival(analysis: Analysis, source: TokenSpace, target: TokenSpace) -> Value | None:
     """The first value over the target's tokens that holds the source's."""
-    first, last = source.blocks[0].attention.output, _last(target)
+    first, last = source.blocks[0].attention.output, _last(analysis, target)
     for op in analysis.graph.ops:
         for out in op.outputs:
             if not analysis.flow.depends(out, first) or not analysis.flow.depends(last, out):

@@ -75,7 +75,10 @@ def _compares_positions(analysis: Analysis, op: Op) -> bool:
         if value is None or value.shape is None or analysis.flow.comes_from(value):
             return False
         shift = op.output.rank - value.rank
-        spread.append({axis + shift for axis, length in enumerate(value.shape) if length != 1})
+        along = {axis + shift for axis, length in enumerate(value.shape) if length != 1}
+        spread.append(
+            along & {op.output.rank - 1, op.output.rank - 2}
+        )  # a batch may have positions of its own
     return len(spread) == 2 and all(spread) and not spread[0] & spread[1]
 
 

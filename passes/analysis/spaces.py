@@ -267,7 +267,10 @@ def _protect_picked(analysis: Analysis, space: TokenSpace, op: Op, limit: Dim) -
         return
     total = analysis.axes.lengths.size(space.length)
     for start, stop in part_bounds(analysis, op):
-        if start[0] == start[1] and stop[0] == stop[1]:  # all but a fixed number at either end
+        taken = total[0] - start[0] - stop[0]
+        if isinstance(limit, int) and total[0] == total[1] and start[0] > limit >= stop[0] + taken:
+            _grow(space, 0, stop[0] + taken, limit, f"{op.target} (%{op.name}) picks the last tokens")
+        elif start[0] == start[1] and stop[0] == stop[1]:  # all but a fixed number at either end
             _grow(space, start[0], stop[0], limit, f"{op.target} (%{op.name}) leaves tokens at the ends out")
         elif start == (0, 0) and total[0] - stop[0] == total[1] - stop[1]:
             _grow(space, total[0] - stop[0], 0, limit, f"{op.target} (%{op.name}) picks the first tokens")

@@ -123,3 +123,17 @@ def test_explain_in_words():
 def test_no_attention_is_said():
     graph = FxGraph.trace(torch.nn.Linear(4, 4), (torch.ones(2, 4),))
     assert "no token space: no attention was found" in explain(graph).lines()
+
+
+def test_the_last_tokens_of_a_fixed_number_keep_their_place() -> None:
+    class Last(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = toys.Encoder()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.encoder(x)[:, -2:]
+
+    space = only(Last())
+    assert (space.prefix, space.suffix) == (0, 2)
+    assert "picks the last tokens" in space.protected_because[0]
