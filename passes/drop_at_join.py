@@ -50,6 +50,11 @@ def drop_at_join(
         outcome.changed = False
         outcome.notes.append(f"nothing to drop: all {survey.each} tokens of an image are kept")
         return
+    if survey.shuffled and (options.policy in ("visionzip", "prumerge") or options.tiles > 1):
+        raise Refused(
+            f"policy={options.policy} merges or shares out the {tower.candidates} tokens of the tower, several "
+            "of which become one on their way to the text"
+        )
     behind = [a.output for a in tower.attentions]
     if options.policy in ("visionzip", "prumerge"):
         behind.append(last_stream(tower, join))
@@ -64,11 +69,6 @@ def drop_at_join(
         shared = options.compat == "reference" and options.tiles == 1
         flags = write("top_tokens", [score, counts, among], shared=shared, **budget)[0]
         merged = merge_features(write, tower, join, options, kept, score, flags)
-    elif options.policy in ("visionzip", "prumerge") or options.tiles > 1:
-        raise Refused(
-            f"policy={options.policy} merges or shares out the {tower.candidates} tokens of the tower, several "
-            "of which become one on their way to the text"
-        )
 
     def numbers(ends: Ends, carrier: Carrier) -> Value:
         return part(carrier, score if merged is None else merged.flags, ends)

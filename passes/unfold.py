@@ -34,6 +34,8 @@ def unfold(graph: Graph, analysis: Analysis) -> int:
             graph.set_operand(user, index, x)
     for op in inside:
         graph.refresh(op)
+    if found:
+        graph.remove_dead()  # the folding reshapes
     return len(found)
 
 

@@ -62,7 +62,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 @pytest.mark.parametrize("budget", [float("nan"), float("inf")])
 def test_budgets_that_are_no_numbers(budget: float) -> None:
-    with pytest.raises(PipelineError, match="budget is a share"):
+    with pytest.raises(PipelineError, match="option budget must be a number"):
         TokenDrop(budget=budget)
 
 
