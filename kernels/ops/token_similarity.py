@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import FLOAT, INT32, INT64, Body
+from ..body import FLOAT, INT32, Body
 from ..definition import Attr, OpDef
 from ..layout import body_take_rows, take
 from ..lengths import Shape
@@ -136,11 +136,13 @@ def _absorb_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[st
     other = b("And", b("Not", same), asked)
     similar = b("Where", other, similar, b.constant(UNLIKE, FLOAT))
     most = b("Min", b.constant([attrs["neighbours"]]), length)
-    near = b.many("TopK", [similar, most], 2, axis=2, largest=1, sorted=1)[1]
+    flat = b.reshape(similar, -1, length)  # [T K, P]: sorting and scattering along the last of two axes
+    near = b.many("TopK", [flat, most], 2, axis=1, largest=1, sorted=1)[1]
     weight = b("Max", b.cast("score", FLOAT), b.constant(0.0, FLOAT))
-    spread = b("Expand", b.unsqueeze(weight, 1), b("Shape", similar))
-    nought = b("Mul", similar, b.constant(0.0, FLOAT))
-    share = b("ScatterElements", nought, near, b("GatherElements", spread, near, axis=2), axis=2)
+    spread = b.reshape(b("Expand", b.unsqueeze(weight, 1), b("Shape", similar)), -1, length)
+    nought = b("Mul", flat, b.constant(0.0, FLOAT))
+    share = b("ScatterElements", nought, near, b("GatherElements", spread, near, axis=1), axis=1)
+    share = b("Reshape", share, b("Shape", similar))
     share = b("Where", other, share, b.constant(0.0, FLOAT))
     own = b.unsqueeze(b("GatherElements", weight, keep, axis=1), 2)
     total = b("Add", b("ReduceSum", share, b.constant([2]), keepdims=1), own)
@@ -148,8 +150,9 @@ def _absorb_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[st
     added = b("Add", b("MatMul", share, wide), b("Mul", own, body_take_rows(b, wide, keep)))
     mean = b("Div", added, b("Max", total, b.constant(1e-30, FLOAT)))
     mean = mean if dtype == FLOAT else b.cast(mean, dtype)
-    index = b("Expand", b.unsqueeze(b.cast(keep, INT64), 2), b("Shape", mean))
-    return [b("ScatterElements", "x", index, mean, axis=1)]
+    home = b.cast(b("Equal", b.unsqueeze(places, 2), b.unsqueeze(keep, 1)), dtype)  # [T, P, K]
+    kept_rows = b.unsqueeze(b("Greater", "flags", b.constant(0.0, FLOAT)), 2)
+    return [b("Where", kept_rows, b("MatMul", home, mean), "x")]
 
 
 def mean_channels(x: Tensor) -> Tensor:
