@@ -66,14 +66,19 @@ def _simplest(low: Fraction, high: Fraction) -> Fraction:
     return whole - 1 + 1 / _simplest(1 / (high - whole + 1), 1 / (low - whole + 1))
 
 
+def floor_of(length: Dim, ratio: float) -> Dim:
+    """floor(length * ratio), of the fraction that `ratio` means."""
+    share = fraction(ratio)
+    return divide(length * share.numerator, share.denominator)
+
+
 def wanted(length: Dim, r: int, ratio: float) -> Dim:
     """Tokens to remove out of `length`: r, or floor(length * ratio) when r is negative."""
     if r >= 0:
         return r
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"give r >= 0 or a ratio between 0 and 1, not r={r}, ratio={ratio}")
-    share = fraction(ratio)
-    return divide(length * share.numerator, share.denominator)
+    return floor_of(length, ratio)
 
 
 def removable(length: Dim, r: int, ratio: float, protected: int) -> Dim:

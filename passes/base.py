@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from .errors import PipelineError
 from .ir.graph import Graph
 from .lowering import Table
@@ -92,6 +94,17 @@ class PassContext:
     table: Table | None = None
     samples: Sequence[Sequence[Any]] | None = None
     formats: Any = None
+
+
+def as_array(item: Any) -> Any:
+    """An example, a tensor or an array, as an array; None for what has no data. bfloat16 comes as float32."""
+    if hasattr(item, "fake_mode"):
+        return None
+    if hasattr(item, "detach"):
+        item = item.detach().cpu()
+        item = item.float() if str(item.dtype) == "torch.bfloat16" else item
+        return item.numpy()
+    return item if isinstance(item, np.ndarray) else None
 
 
 class Pass(abc.ABC):

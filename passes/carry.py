@@ -19,7 +19,8 @@ from .analysis.flow import is_float
 from .analysis.signatures import by_position
 from .analysis.spaces import Analysis, Ends, TokenSpace
 from .errors import Refused
-from .ir.graph import Dim, Graph, Op, Value, product
+from .ir.graph import Dim, Op, Value
+from .writer import Writer
 
 OUTSIDE = -1.0
 """The number of what is no token of the image."""
@@ -41,30 +42,27 @@ class Carried:
 
 
 class Carrier:
-    """Carries numbers of the tokens of `space` into other values; inserted ops go right after `cursor`.
+    """Carries numbers of the tokens of `space` into other values, inserting what it takes with `write`.
 
-    `numbers(ends, carrier)` makes those of an interval of the space, [T, N]. `ranked`, where several tokens become one
-    by their channels, gets the numbers of the new rows, [..., 1], and gives others for them."""
+    `numbers(ends, write)` makes those of an interval of the space, [T, N]. `ranked`, where several tokens become one by
+    their channels, gets the numbers of the new rows, [..., 1], and gives others for them."""
 
     def __init__(
         self,
-        graph: Graph,
+        write: Writer,
         analysis: Analysis,
         space: TokenSpace,
-        cursor: Op | None,
-        numbers: Callable[[Ends, Carrier], Value],
-        ranked: Callable[[Value, Carrier], Value] | None = None,
+        numbers: Callable[[Ends, Writer], Value],
+        ranked: Callable[[Value, Writer], Value] | None = None,
     ) -> None:
-        self.graph = graph
+        self.write = write
         self.analysis = analysis
         self.space = space
-        self.cursor = cursor
         self.numbers = numbers
         self.ranked = ranked
         self.shuffled: list[Value] = []  # the numbers right behind each op that made one token of several
-        self.placed: list[
-            tuple[Value, Carried, bool]
-        ] = []  # (features, numbers, with others among them) when placed
+        # When placed: (features, numbers, with others among them).
+        self.placed: list[tuple[Value, Carried, bool]] = []
         self.outside = False  # rows that are no token of the space came among them
         self._found: dict[Value, Carried | None] = {}
         self._starts: dict[tuple[Ends, int], Carried] = {}
@@ -76,8 +74,7 @@ class Carrier:
         assert value.shape is not None
         if found is None:
             raise Refused(f"%{value.name} holds nothing of the {self.space.length} tokens")
-        narrow = self._narrow(found)
-        return self._plain("reshape", narrow.value, {"shape": list(value.shape[:-1])})
+        return self.write.shaped("reshape", self._narrow(found).value, list(value.shape[:-1]))
 
     # ---- one value -----------------------------------------------------------------------------------
     def _carry(self, value: Value) -> Carried | None:
@@ -116,7 +113,8 @@ class Carrier:
         key = (ends, value.rank)
         if key not in self._starts:
             assert value.shape is not None
-            made = self._plain("reshape", self.numbers(ends, self), {"shape": [*value.shape[:-1], 1]})
+            made = self.numbers(ends, self.write)
+            made = self.write.shaped("reshape", made, [*value.shape[:-1], 1])
             self._starts[key] = Carried(made, False, object())
         return self._starts[key]
 
@@ -128,11 +126,8 @@ class Carrier:
         if op.kind == "matmul":
             right = op.inputs[1]
             return right is not None and right.rank == 2 and not self.analysis.flow.comes_from(right)
-        if op.kind in ("norm", "reduce"):
-            axes = op.attrs.get("axes", ())
-            rank = out.rank if op.kind == "norm" or op.attrs.get("keepdim") else out.rank + 1
-            keeps = op.kind == "norm" or bool(op.attrs.get("keepdim"))
-            return keeps and tuple(axes) == (rank - 1,)
+        if op.kind == "norm" or (op.kind == "reduce" and op.attrs.get("keepdim")):
+            return tuple(op.attrs.get("axes", ())) == (out.rank - 1,)
         return op.kind == "softmax" and op.attrs["axis"] == out.rank - 1
 
     def _passed(self, op: Op) -> Carried:
@@ -158,12 +153,12 @@ class Carrier:
             best = self._narrow(best)
             self.shuffled.append(best.value)
             if self.ranked is not None:
-                best = Carried(self.ranked(best.value, self), False, best.line)
+                best = Carried(self.ranked(best.value, self.write), False, best.line)
         shape = op.output.shape
         assert shape is not None and best.value.shape is not None
         if tuple(best.value.shape[:-1]) != tuple(shape[:-1]):
-            wanted = [*shape[:-1], best.value.shape[-1]]
-            return Carried(self._plain("expand", best.value, {"shape": wanted}), best.wide, best.line)
+            wider = self.write.shaped("expand", best.value, [*shape[:-1], best.value.shape[-1]])
+            return Carried(wider, best.wide, best.line)
         return best
 
     def _width(self, value: Value) -> Dim:
@@ -194,9 +189,9 @@ class Carrier:
                 shape[-1] = 1
             x = inputs[0]
             assert x is not None
-            made = [self._plain(op.kind, x, {"shape": shape})]
+            made = [self.write.shaped(op.kind, x, shape)]
         else:
-            made = self._done(self.graph.repeat(op, inputs, after=self.cursor))
+            made = self.write.repeat(op, inputs)
         line = object()
         for out, new in zip(op.outputs, made):
             self._found[out] = Carried(new, wide, line if len(made) == 1 else object())
@@ -216,17 +211,13 @@ class Carrier:
         x, out = self._operand(op, 0), op.output
         last = x.rank - 1
         if op.kind in ("slice", "select", "split", "unbind", "concat", "gather"):
-            return op.attrs["axis"] != last and all(v is None or v.rank == x.rank for v in op.inputs[:1])
+            return op.attrs["axis"] != last
         if op.kind == "stack":
             return op.attrs["axis"] <= last
         if op.kind == "transpose":
             return op.attrs["perm"][-1] == last
-        if op.kind == "expand":
-            return x.rank > 0 and self._width(x) == self._width(out)
-        if op.kind == "reshape":
-            assert x.shape is not None and out.shape is not None
-            same = bool(x.shape) and bool(out.shape) and x.shape[-1] == out.shape[-1]
-            return same and product(x.shape[:-1]) == product(out.shape[:-1])
+        if op.kind in ("expand", "reshape"):
+            return x.rank > 0 and out.rank > 0 and self._width(x) == self._width(out)
         return False
 
     def _operand(self, op: Op, index: int) -> Value:
@@ -238,29 +229,15 @@ class Carrier:
         shape = list(like.shape or ())
         if not wide:
             shape[-1] = 1
-        constant = self.graph.insert_constant(np.full((1,) * len(shape), OUTSIDE, np.float32), "outside")
-        return self._plain("expand", constant, {"shape": shape})
+        return self.write.filled(np.full((1,) * len(shape), OUTSIDE, np.float32), "outside", shape)
 
     def _widened(self, carried: Carried, like: Value) -> Carried:
         if carried.wide:
             return carried
-        return Carried(
-            self._plain("expand", carried.value, {"shape": list(like.shape or ())}), True, carried.line
-        )
+        wide = self.write.shaped("expand", carried.value, list(like.shape or ()))
+        return Carried(wide, True, carried.line)
 
     def _narrow(self, carried: Carried) -> Carried:
         if not carried.wide:
             return carried
-        made = self._done(self.graph.insert("mean_channels", [carried.value], {}, after=self.cursor))[0]
-        return Carried(made, False, carried.line)
-
-    def _plain(self, kind: str, x: Value, attrs: dict[str, list[Dim]]) -> Value:
-        if x.shape is not None and tuple(attrs["shape"]) == tuple(x.shape):
-            return x
-        return self._done([self.graph.insert_plain(kind, [x], attrs, after=self.cursor)])[0]
-
-    def _done(self, made: list[Value]) -> list[Value]:
-        producer = made[0].producer
-        assert producer is not None
-        self.cursor = producer
-        return made
+        return Carried(self.write("mean_channels", [carried.value])[0], False, carried.line)

@@ -176,8 +176,8 @@ class Crossing:
     ) -> Value:
         axes = self.analysis.token_axes(self.space, value)
         features = len(axes) == 1 and self.analysis.is_content(self.space, value)
-        if op.kind == "attention" and op.operand(3) is value:
-            features = False
+        mask = op.kind == "attention" and op.operand(3) is value
+        features = features and not mask
         if features and self.space.batch and self.analysis.batch_axis(self.space, value) is None:
             raise Refused(
                 f"{op.target} (%{op.name}) reads %{value.name}, features of the tokens that have no batch axis"
@@ -187,7 +187,7 @@ class Crossing:
             key = (value, step.number, layout)
             if key not in self._variants:
                 crossed = self._merged if features and not step.drops else self._selected
-                if self.renumber and not features and len(axes) == 1 and is_float(value):
+                if self.renumber and not features and not mask and len(axes) == 1 and is_float(value):
                     crossed = self._renumbered
                     if self.analysis.flow.comes_from(value):
                         raise Refused(

@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .analysis.joins import Join
 from .cut_maps import WHOLE
-from .drop_policies import Tower, Writer
+from .drop_policies import Tower
 from .errors import Refused
-from .ir.graph import Graph, Op, Value
+from .ir.graph import Value
+from .writer import Writer
 
 if TYPE_CHECKING:
     from .token_drop import DropOptions
 
-
-@dataclass(frozen=True)
-class Merged:
-    """`flags` of the kept tokens, and that `new` is to stand for `old` for all that read it before (`readers`)."""
-
-    flags: Value
-    old: Value | None = None
-    new: Value | None = None
-    readers: tuple[tuple[Op, int], ...] = ()
-
-    def put_in(self, graph: Graph) -> None:
-        """Let the readers have the merged features."""
-        for op, index in self.readers:
-            assert self.new is not None
-            graph.set_operand(op, index, self.new)
+MERGING = frozenset({"visionzip", "prumerge"})
 
 
-def merge_features(
-    write: Writer, tower: Tower, join: Join, options: DropOptions, kept: int, score: Value, flags: Value
-) -> Merged:
-    """For visionzip and prumerge the features of kept tokens take others in. visionzip's flags are new ones: those
-    given keep the dominant tokens only."""
-    if options.policy not in ("visionzip", "prumerge"):
-        return Merged(flags)
-    value = last_stream(tower, join)
-    readers = tuple(value.users)
-    keys = tower.keys(write, -1 if options.layer is None else options.layer)[0]
+def merged(
+    write: Writer,
+    tower: Tower,
+    options: DropOptions,
+    kept: int,
+    stream: Value,
+    score: Value,
+    flags: Value,
+    layer: int,
+) -> tuple[Value, Value]:
+    """Flags, and the features `stream` [T, N, C] in which the kept tokens have taken others in. Flags that are given to
+    visionzip keep the dominant tokens only, those that come back its contextual ones too."""
+    (keys,) = tower.keys(write, layer)
     if options.policy == "prumerge":
         attrs = {"kept": kept, "neighbours": options.neighbours}
-        made = write("absorb_tokens", [value, keys, score, flags], **attrs)[0]
-        return Merged(flags, value, made, readers)
+        return flags, write("absorb_tokens", [stream, keys, score, flags], **attrs)[0]
     held = dominant(options, kept)
     asked = {"count": kept - held, "kept": held + tower.space.prefix + tower.space.suffix}
     slot, keep, source, flags = write("contextual_tokens", [keys, flags], **asked)
-    merged = write("merge_tokens", [value, None, slot, keep, source], axis=1, batch_axis=0)[0]
-    made = write("restore_tokens", [merged, slot], axis=1, batch_axis=0)[0]
-    return Merged(flags, value, made, readers)
+    means = write("merge_tokens", [stream, None, slot, keep, source], axis=1, batch_axis=0)[0]
+    return flags, write("restore_tokens", [means, slot], axis=1, batch_axis=0)[0]
 
 
 def dominant(options: DropOptions, kept: int) -> int:
@@ -61,18 +48,37 @@ def dominant(options: DropOptions, kept: int) -> int:
 
 
 def last_stream(tower: Tower, join: Join) -> Value:
-    """The tower's last value [T, N, C] that all of its features pass through."""
+    """The tower's last value [T, N, C], which all of its features pass through. Raises Refused where they do not."""
     analysis, space = tower.analysis, tower.space
-    found: Value | None = None
     last = tower.attentions[-1].output
+    found: Value | None = None
     for op in analysis.graph.ops:
         out = op.output
-        if op not in analysis.flow.position or op.kind != "elementwise" or op.attrs.get("fn") != "add":
+        adds = op.kind == "elementwise" and op.attrs.get("fn") == "add" and len(op.inputs) == 2
+        if not (adds and analysis.flow.depends(out, last) and analysis.flow.depends(join.value, out)):
             continue
-        if not analysis.flow.depends(out, last) or not analysis.flow.depends(join.value, out):
-            continue
-        if out.rank == 3 and analysis.token_axes(space, out) == [(1, WHOLE)] and len(op.inputs) == 2:
+        if out.rank == 3 and analysis.token_axes(space, out) == [(1, WHOLE)]:
             found = out
     if found is None:
         raise Refused(f"%{last.name}: no addition behind it holds the features of all {space.length} tokens")
+    around = _around(tower, join, found)
+    if around is not None:
+        raise Refused(
+            f"%{around.name} reaches the text beside %{found.name}, into which tokens would be merged"
+        )
     return found
+
+
+def _around(tower: Tower, join: Join, stream: Value) -> Value | None:
+    """A result of the tower's attentions that reaches the join by another way than through `stream`."""
+    results = {op.output for op in tower.attentions}
+    waiting, seen = [join.value], {join.value, stream}
+    while waiting:
+        value = waiting.pop()
+        if value in results:
+            return value
+        for operand in value.producer.inputs if value.producer is not None else ():
+            if operand is not None and operand not in seen:
+                seen.add(operand)
+                waiting.append(operand)
+    return None

@@ -10,51 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import sympy
 
 from .analysis.masks import padding_mask
 from .analysis.spaces import Analysis, TokenSpace
 from .errors import Refused
-from .ir.graph import Dim, Graph, Op, Value
+from .ir.graph import Dim, Op, Value, product
+from .writer import Writer
 
 if TYPE_CHECKING:
     from .token_drop import DropOptions
 
 FROM_ATTENTION = frozenset({"cls-topk", "hired", "visionzip", "prumerge", "fastv"})
+BY_PLACE = frozenset({"uniform", "random", "tail"})
 SAMPLED_ROWS = 16
 """Query rows whose mean stands in for a class token's."""
-
-
-@dataclass
-class Writer:
-    """Inserts ops one behind the other."""
-
-    graph: Graph
-    cursor: Op | None
-
-    def __call__(self, op: str, inputs: list[Value | None], **attrs: Any) -> list[Value]:
-        made = self.graph.insert(op, inputs, attrs, after=self.cursor)
-        self.cursor = made[0].producer
-        return made
-
-    def joined(self, parts: list[Value]) -> Value:
-        """[1, n] of each picture in turn as [1, N]; a single value is itself."""
-        if len(parts) == 1:
-            return parts[0]
-        made = self.graph.insert_plain("concat", parts, {"axis": 1}, after=self.cursor)
-        self.cursor = made.producer
-        return made
-
-    def plain(self, kind: str, x: Value, shape: list[Dim]) -> Value:
-        """`x` reshaped or expanded to `shape`."""
-        if x.shape is not None and tuple(x.shape) == tuple(shape):
-            return x
-        made = self.graph.insert_plain(kind, [x], {"shape": shape}, after=self.cursor)
-        self.cursor = made.producer
-        return made
-
-    def expand(self, array: np.ndarray, name: str, shape: list[Dim]) -> Value:
-        """A constant as large as `shape`."""
-        return self.plain("expand", self.graph.insert_constant(array, name), shape)
 
 
 @dataclass
@@ -106,7 +76,29 @@ class Tower:
         line = np.zeros((1, int(self.candidates) + space.prefix + space.suffix), np.float32)
         line[0, : space.prefix] = -1
         line[0, line.shape[1] - space.suffix :] = -1
-        return write.expand(line, "candidates", [self.rows, line.shape[1]])
+        return write.filled(line, "candidates", [self.rows, line.shape[1]])
+
+
+def joined(write: Writer, parts: list[Value]) -> Value:
+    """[1, n] of each picture in turn as [1, N]; a single value is itself."""
+    return parts[0] if len(parts) == 1 else write.plain("concat", *parts, axis=1)
+
+
+def quotient(a: Dim, b: Dim) -> Dim:
+    """a / b. Raises Refused where both are numbers and it is none."""
+    if isinstance(a, int) and isinstance(b, int):
+        if b and a % b == 0:
+            return a // b
+        raise Refused(f"{a} tokens do not spread evenly over {b} texts")
+    found: Any = sympy.simplify(sympy.sympify(a) / sympy.sympify(b))
+    return int(found) if found.is_Integer else found
+
+
+def rank_rows(write: Writer, numbers: Value, each: int, kept: int) -> Value:
+    """Flags of the best `kept` of every `each` rows, in the shape of `numbers` [..., 1]."""
+    assert numbers.shape is not None
+    flat = write.shaped("reshape", numbers, [quotient(product(numbers.shape), each), each])
+    return write.shaped("reshape", write("top_tokens", [flat], count=kept)[0], list(numbers.shape))
 
 
 def attention_score(write: Writer, tower: Tower, layer: int, heads: str) -> tuple[Value, str]:
@@ -129,7 +121,7 @@ def attention_score(write: Writer, tower: Tower, layer: int, heads: str) -> tupl
             attrs |= {"first": step // 2, "step": step}
         inputs = [*attention.inputs[:2], attention.operand(3)]
         scores.append(write("attention_rows", inputs, heads=heads, **attrs)[0])
-    return write.joined(scores), how + (f", for {len(parts)} pictures" if len(parts) > 1 else "")
+    return joined(write, scores), how + (f", for {len(parts)} pictures" if len(parts) > 1 else "")
 
 
 def attention_attrs(attention: Op) -> dict[str, Any]:
@@ -180,9 +172,9 @@ def score_of(
         return attention_score(write, tower, layer, options.heads)
     if policy == "similarity":
         scores = [write("distinct_tokens", [keys])[0] for keys in tower.keys(write, layer)]
-        return write.joined(scores), "scores are how unlike the other keys a key is"
+        return joined(write, scores), "scores are how unlike the other keys a key is"
     space = tower.space
     line = np.zeros((1, tower.candidates + space.prefix + space.suffix), np.float32)
     end = line.shape[1] - space.suffix
     line[0, space.prefix : end] = fixed_score(policy, tower.candidates, kept, options.seed)
-    return write.expand(line, "scores", [tower.rows, line.shape[1]]), f"tokens are chosen by place ({policy})"
+    return write.filled(line, "scores", [tower.rows, line.shape[1]]), f"tokens are chosen by place ({policy})"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .drop_policies import Tower, Writer, attention_score
+from .drop_policies import Tower, attention_score
 from .errors import Refused
 from .ir.graph import Value
+from .writer import Writer
 
 if TYPE_CHECKING:
     from .token_drop import DropOptions
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def tile_counts(write: Writer, tower: Tower, options: DropOptions, pictures: int) -> Value | None:
     """How many tokens each picture keeps, [T] int32; None where pictures are images of their own. `pictures`: in each
     text."""
-    if options.tiles == 1 or options.policy != "hired":
+    if options.tiles == 1:
         return None
     if pictures % options.tiles:
         raise Refused(

@@ -3,33 +3,21 @@ tokenizer's decoder."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .analysis.masks import causal_because
-from .analysis.spaces import Analysis, TokenSpace
-from .base import Outcome, PassContext
-from .drop_at_join import cut, last_of
-from .drop_policies import FROM_ATTENTION, Tower, Writer, score_of
+from .analysis.spaces import TokenSpace
+from .drop_features import MERGING
+from .drop_job import Job
+from .drop_policies import BY_PLACE, FROM_ATTENTION, Tower, score_of
 from .errors import Refused
-from .ir.graph import Graph
-
-if TYPE_CHECKING:
-    from .token_drop import DropOptions
+from .writer import Writer
 
 
-def drop_within(
-    graph: Graph,
-    analysis: Analysis,
-    space: TokenSpace,
-    options: DropOptions,
-    context: PassContext,
-    outcome: Outcome,
-) -> None:
+def drop_within(job: Job, space: TokenSpace) -> None:
     """Drop before block `layer`, by what the block before it says."""
-    if options.policy in ("visionzip", "prumerge") or options.tiles > 1:
+    options, blocks = job.options, space.blocks
+    if options.policy in MERGING or options.tiles > 1:
         raise Refused(f"policy={options.policy} needs an image that joins a text, and the graph has none")
-    blocks = space.blocks
-    by_place = options.policy in ("uniform", "random", "tail")
+    by_place = options.policy in BY_PLACE
     first = 0 if by_place else 1
     layer = options.layer
     if layer is None:
@@ -37,28 +25,23 @@ def drop_within(
     layer += len(blocks) if layer < 0 else 0
     if not first <= layer < len(blocks):
         raise Refused(f"policy={options.policy} drops before block {first} to {len(blocks) - 1}, not {layer}")
-    block = blocks[layer]
-    value = block.skip
-    if value is None or value.producer is None:
+    block, before = blocks[layer], blocks[layer - 1].attention
+    value, q = block.skip, block.attention.inputs[0]
+    if value is None or value.producer is None or q is None or q.shape is None:
         raise Refused(
             f"{block.attention.target} (%{block.attention.name}): {block.problem or 'reads an input'}"
         )
-    q = block.attention.inputs[0]
-    assert q is not None and q.shape is not None
-    tower = Tower(analysis, space, q.shape[0], [[b.attention] for b in blocks], q.shape[0])
-    kept = options.kept(tower.candidates)
-    gone = tower.candidates - kept
-    if options.policy in FROM_ATTENTION and causal_because(analysis, blocks[layer - 1].attention):
+    if options.policy in FROM_ATTENTION and causal_because(job.analysis, before):
         raise Refused(
-            f"{blocks[layer - 1].attention.target} (%{blocks[layer - 1].attention.name}) is causal: its rows do not "
-            "say which tokens later ones need"
+            f"{before.target} (%{before.name}) is causal: its rows do not say which tokens later ones need"
         )
-    if gone <= 0:
-        outcome.changed = False
-        outcome.notes.append(f"nothing to drop: all {tower.candidates} tokens are kept")
+    tower = Tower(job.analysis, space, q.shape[0], [[b.attention] for b in blocks], q.shape[0])
+    kept = options.kept(tower.candidates)
+    if kept >= tower.candidates:
+        job.nothing(f"{tower.candidates} tokens")
         return
-    write = Writer(graph, last_of(graph, [value, *(b.attention.output for b in blocks[:layer])]))
+    write = Writer(job.graph, value.producer)
     score, how = score_of(write, tower, options, kept, layer=layer - 1)
     flags = write("top_tokens", [score, None, tower.among(write)], count=kept)[0]
-    cut(graph, analysis, space, value, flags, write.cursor, gone, options, context, outcome)
-    outcome.notes += [how, f"from block {layer} on {kept} of {tower.candidates} tokens are left"]
+    job.cut(space, value, flags, write, tower.candidates - kept)
+    job.outcome.notes += [how, f"from block {layer} on {kept} of {tower.candidates} tokens are left"]

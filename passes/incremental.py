@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import sympy
 
-from .base import NewSignature, Outcome, Pass, PassContext, register
+from .base import NewSignature, Outcome, Pass, PassContext, as_array, register
 from .errors import NothingMatched, PipelineError, Refused, VerificationError
 from .incremental_binding import SEQUENCE, Bindings
 from .incremental_build import ROWS_IN, Builder
@@ -224,7 +224,7 @@ class _Examples:
         given = context.example_inputs
         if given is None or len(given) != len(self.graph.inputs):
             return NewSignature()
-        arrays = {v: _array(item) for v, item in zip(self.graph.inputs, given)}
+        arrays = {v: as_array(item) for v, item in zip(self.graph.inputs, given)}
         if any(array is None for array in arrays.values()):
             return NewSignature()
         ids = arrays[self.text.ids][:1, : self.capacity]
@@ -242,14 +242,3 @@ def _numpy(dtype: str) -> Any:
 
         return ml_dtypes.bfloat16
     return dtype
-
-
-def _array(item: Any) -> Any:
-    """A tensor or array as an array, None for what has no data."""
-    if hasattr(item, "fake_mode"):
-        return None
-    if hasattr(item, "detach"):
-        item = item.detach().cpu()
-        item = item.float() if str(item.dtype) == "torch.bfloat16" else item
-        return item.numpy()
-    return item if isinstance(item, np.ndarray) else None

@@ -72,19 +72,18 @@ class Builder(Inserter):
         return found
 
     def _read_tables(self, positions: Value) -> None:
-        flat = self._plain("reshape", positions, shape=(self.length,))
+        flat = self.plain("reshape", positions, shape=(self.length,))
         for value, table in self.tables.rows.items():
             axis = self.plan.tables[value]
             shape = tuple(self.length if self.plan.one_each(dim) else dim for dim in value.shape or ())
             if table.dtype == np.int64 and np.array_equal(table.reshape(-1), np.arange(self.capacity)):
-                made = positions if shape == positions.shape else self._plain("reshape", flat, shape=shape)
+                made = positions if shape == positions.shape else self.plain("reshape", flat, shape=shape)
             elif (table == np.take(table, [0], axis)).all():  # the same at every position
                 stored = self._constant(np.take(table, [0], axis), f"{value.name}_row")
-                made = self._plain("expand", stored, shape=shape)
+                made = self.plain("expand", stored, shape=shape)
             else:
                 stored = self._constant(table, f"{value.name}_table")
-                made = self.graph.insert_plain("gather", [stored, flat], {"axis": axis}, after=self.cursor)
-                self.cursor = made.producer
+                made = self.plain("gather", stored, flat, axis=axis)
                 self.statistics["position tables"] += 1
             self.graph.replace_uses(value, made)
 
@@ -107,12 +106,10 @@ class Builder(Inserter):
             "window": rule.window,
             "key_bias": rule.by_key,
         }
-        out, keys, values = self.graph.insert(
-            "cached_attention", [q, k, v, *self.caches[-2:], *rows, bias], attrs, after=self.cursor
-        )
-        self.cursor = out.producer
+        inputs = [q, k, v, *self.caches[-2:], *rows, bias]
+        out, keys, values = self("cached_attention", inputs, **attrs)
         self.written += [keys, values]
         if out.shape != op.output.shape:
-            out = self._plain("reshape", out, shape=op.output.shape)
+            out = self.plain("reshape", out, shape=op.output.shape)
         self.graph.replace_uses(op.output, out)
         self.statistics["cached attentions"] += 1

@@ -10,14 +10,14 @@ from .errors import Refused
 from .incremental_heads import first_of_each, spread
 from .incremental_scores import Attention
 from .ir.graph import Dim, Graph, Op, Value, product
+from .writer import Writer
 
 
-class Inserter:
-    """Inserts one thing after another; `cursor` is the op behind which the next goes."""
+class Inserter(Writer):
+    """Inserts operands one after another."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.cursor: Op | None = None
+        super().__init__(graph)
         self._constants: dict[object, Value] = {}
 
     def operands(self, attention: Attention) -> tuple[Value, Value, Value]:
@@ -48,11 +48,6 @@ class Inserter:
             self._constants[key] = self.graph.insert_constant(np.ascontiguousarray(array), name)
         return self._constants[key]
 
-    def _plain(self, kind: str, value: Value, **attrs: object) -> Value:
-        made = self.graph.insert_plain(kind, [value], dict(attrs), after=self.cursor)
-        self.cursor = made.producer
-        return made
-
     def _current(self, attention: Attention) -> tuple[Value, Value, Value]:
         """The operands as they are now: tables, sources and earlier attentions have been replaced."""
         first, last = attention.inner[0], attention.op
@@ -73,7 +68,7 @@ class Inserter:
     def _four(self, value: Value, heads: int) -> Value:
         assert value.shape is not None
         shape: tuple[Dim, ...] = (1, heads, *value.shape[-2:])
-        return value if value.shape == shape else self._plain("reshape", value, shape=shape)
+        return value if value.shape == shape else self.plain("reshape", value, shape=shape)
 
     def _turned(self, value: Value) -> Value:
         """[.., d, m] as [.., m, d]."""
@@ -83,7 +78,7 @@ class Inserter:
             source = op.inputs[0]
             assert source is not None
             return source
-        return self._plain("transpose", value, perm=perm)
+        return self.plain("transpose", value, perm=perm)
 
     def _shared(self, k: Value, v: Value) -> tuple[Value, Value]:
         """Keys and values without the repetition that gives every query head its own."""
@@ -94,12 +89,7 @@ class Inserter:
         if group == 1 or k.shape is None or k.rank != 4 or _leading(k) != _leading(v):
             return k, v
         picked = self._constant(np.arange(0, int(k.shape[1]), group), "shared_heads")
-        made = []
-        for value in (k, v):
-            one = self.graph.insert_plain("gather", [value, picked], {"axis": 1}, after=self.cursor)
-            self.cursor = one.producer
-            made.append(one)
-        return made[0], made[1]
+        return self.plain("gather", k, picked, axis=1), self.plain("gather", v, picked, axis=1)
 
 
 def _leading(value: Value) -> Dim:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .base import as_array
 from .errors import ElisionError
 from .formats.calibrated import spread_of
 from .ir.graph import Graph
@@ -84,7 +85,7 @@ def visit_targets(
     for sample in samples:
         if len(sample) != len(graph.inputs):
             raise ElisionError(f"a sample has an array for each of the graph's {len(graph.inputs)} inputs")
-        feeds = {value: _array(item) for value, item in zip(graph.inputs, sample)}
+        feeds = {value: as_array(item) for value, item in zip(graph.inputs, sample)}
         for place, array in zip(collected, graph.evaluate(values, feeds)):
             place.append(array)
     known = {value: Inputs(arrays) for value, arrays in zip(values, collected)}
@@ -98,7 +99,3 @@ def visit_targets(
         if not left[target.x]:
             del known[target.x]
     return False
-
-
-def _array(item: Any) -> np.ndarray:
-    return item if isinstance(item, np.ndarray) else np.asarray(item.detach().cpu())

@@ -10,6 +10,7 @@ import numpy as np
 
 from .analysis.flow import is_float
 from .ir.graph import Graph, Op, Value
+from .writer import Writer
 
 NONZERO = frozenset({"NonZero", "aten.nonzero"})
 
@@ -22,18 +23,17 @@ def spell_out(graph: Graph) -> int:
         assert found is not None
         add, data, f, shapes = found
         assert data.shape is not None
-        constant = graph.insert_constant(np.zeros((1,) * data.rank, np.float32), "nothing")
-        zeros = graph.insert_plain("expand", [constant], {"shape": list(data.shape)}, after=op)
+        write = Writer(graph, op)
+        zeros = write.filled(np.zeros((1,) * data.rank, np.float32), "nothing", list(data.shape))
         if zeros.dtype != data.dtype:
-            zeros = graph.insert_plain("cast", [zeros], {"dtype": data.dtype}, after=zeros.producer)
-        rows, last = f, zeros.producer
+            zeros = write.plain("cast", zeros, dtype=data.dtype)
+        rows = f
         for shape in shapes:
-            rows = graph.repeat(shape, [rows], after=last)[0]
-            last = rows.producer
+            rows = write.repeat(shape, [rows])[0]
         inputs = [rows if v is not None and is_float(v) else v for v in op.inputs]
         inputs[0] = zeros
-        spread = graph.repeat(op, inputs, after=last)[0]
-        whole = graph.repeat(add, [spread if v is f else data for v in add.inputs], after=spread.producer)[0]
+        spread = write.repeat(op, inputs)[0]
+        whole = write.repeat(add, [spread if v is f else data for v in add.inputs])[0]
         graph.replace_uses(op.output, whole)
         count += 1
     if count:

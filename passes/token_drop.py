@@ -13,30 +13,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .analysis.joins import Join, find_joins
-from .analysis.packed import packed_spaces
+from ..kernels.lengths import floor_of
+from .analysis.joins import Join, find_joins, written_join
 from .analysis.spaces import Analysis, TokenSpace, analyse
 from .base import Outcome, Pass, PassContext, register
 from .drop_at_join import drop_at_join, drop_in_language
 from .drop_at_output import drop_at_output
 from .drop_at_readers import drop_at_readers
+from .drop_job import Job
 from .drop_within import drop_within
 from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph
 from .scattered_add import additions, spell_out
 from .unfold import folds, unfold
 
-POLICIES = (
-    "hired",
-    "fastv",
-    "visionzip",
-    "prumerge",
-    "cls-topk",
-    "similarity",
-    "uniform",
-    "random",
-    "tail",
-)
 Policy = Literal[
     "hired", "fastv", "visionzip", "prumerge", "cls-topk", "similarity", "uniform", "random", "tail"
 ]
@@ -104,21 +94,13 @@ class DropOptions:
 
     def kept(self, count: int) -> int:
         """How many of a picture's `count` tokens are kept."""
-        return min(int(self.budget), count) if self.budget > 1 else share_of(count, self.budget)
+        return min(int(self.budget), count) if self.budget > 1 else floor_of(count, self.budget)
 
     def kept_in(self, count: int, pictures: int) -> int:
         """How many are kept of `pictures` pictures of `count` tokens each; those of one image share its budget."""
-        if self.policy == "hired" and self.tiles > 1 and self.budget <= 1:
-            return share_of(count * self.tiles, self.budget) * (pictures // self.tiles)
+        if self.tiles > 1 and self.budget <= 1:
+            return floor_of(count * self.tiles, self.budget) * (pictures // self.tiles)
         return self.kept(count) * pictures
-
-
-def share_of(count: int, ratio: float) -> int:
-    """floor(count * ratio), as the ops reckon it."""
-    from ..kernels.lengths import fraction
-
-    share = fraction(ratio)
-    return count * share.numerator // share.denominator
 
 
 @register
@@ -161,19 +143,19 @@ class TokenDrop(Pass):
             outcome.statistics["unfolded"] = unfolded
         if added:
             outcome.statistics["additions spelled out"] = added
-        join = the_join(analysis)
+        job, join = Job(graph, analysis, options, context, outcome), the_join(analysis)
         if options.policy == "fastv":
             if join is None or join.crossing is not None:
                 raise Refused("policy=fastv needs the features of an image among the tokens of a text")
-            drop_in_language(graph, analysis, join, options, context, outcome)
+            drop_in_language(job, join)
         elif join is not None and join.crossing is not None:
-            drop_at_readers(graph, analysis, join, options, outcome)
+            drop_at_readers(job, join)
         elif join is not None:
-            drop_at_join(graph, analysis, join, options, context, outcome)
+            drop_at_join(job, join)
         elif options.outputs == "kept" and options.layer is None:
-            drop_at_output(graph, analysis, _part(analysis, spaces), options, context, outcome)
+            drop_at_output(job)
         else:
-            drop_within(graph, analysis, _only(spaces), options, context, outcome)
+            drop_within(job, _only(spaces))
         outcome.statistics["removed dead ops"] = graph.remove_dead()
         return outcome
 
@@ -194,15 +176,7 @@ class TokenDrop(Pass):
 def the_join(analysis: Analysis) -> Join | None:
     """Where the tokens of an image are written among those of a text, the last such place of the graph; else where
     they are read by it."""
-    joins = find_joins(analysis)
-    written = [join for join in joins if join.crossing is None]
-    return (written or joins or [None])[-1]
-
-
-def _part(analysis: Analysis, spaces: list[TokenSpace]) -> TokenSpace:
-    """The space of a vision part: the only one, or any of those that share out one axis."""
-    packed = packed_spaces(analysis)
-    return packed[0].parts[0] if len(packed) == 1 else _only(spaces)
+    return written_join(analysis) or next(reversed(find_joins(analysis)), None)
 
 
 def _only(spaces: list[TokenSpace]) -> TokenSpace:

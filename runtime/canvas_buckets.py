@@ -61,7 +61,7 @@ class Bucketed:
         )
         scored = _filled(wanted, self.rows)
         self.shapes.add((len(call), len(scored), width))
-        return _first(self.model.step(call, scored, whole), len(wanted))
+        return self.model.step(call, scored, whole).of(slice(len(wanted)))
 
 
 def _up(count: int, unit: int) -> int:
@@ -71,13 +71,3 @@ def _up(count: int, unit: int) -> int:
 def _filled(keep: np.ndarray, unit: int) -> np.ndarray:
     """`keep` with its last number once more until a bucket is full; none stays none."""
     return np.concatenate([keep, np.full(_up(len(keep), unit) - len(keep), keep[-1] if len(keep) else 0)])
-
-
-def _first(scored: Scored, count: int) -> Scored:
-    return Scored(
-        scored.ids[:count],
-        scored.values[:count],
-        scored.log_sum[:count],
-        scored.entropy[:count],
-        None if scored.logits is None else scored.logits[:count],
-    )

@@ -261,7 +261,7 @@ class Sampler:
         begun = time.perf_counter()
         scored = self.model.step(call, kept, self.whole)
         seconds = time.perf_counter() - begun
-        parts = [_part(scored, slice(low, high)) for low, high in cuts]
+        parts = [scored.of(slice(low, high)) for low, high in cuts]
         twins = self.twins
         groups = [parts[n : n + twins] for n in range(0, len(parts), twins)]
         return [_rows_of(self._guided(part), inverse) for part, inverse in zip(groups, inverses)], seconds
@@ -336,14 +336,8 @@ def _copied(scored: Scored) -> Scored:
     )
 
 
-def _part(scored: Scored, rows: slice) -> Scored:
-    logits = None if scored.logits is None else scored.logits[rows]
-    return Scored(scored.ids[rows], scored.values[rows], scored.log_sum[rows], scored.entropy[rows], logits)
-
-
 def _rows_of(scored: Scored, rows: np.ndarray) -> Scored:
     """One row for each candidate, where some decide two."""
     if len(rows) == len(scored.ids):
         return scored
-    logits = None if scored.logits is None else scored.logits[rows]
-    return Scored(scored.ids[rows], scored.values[rows], scored.log_sum[rows], scored.entropy[rows], logits)
+    return scored.of(rows)

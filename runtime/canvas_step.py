@@ -22,6 +22,11 @@ class Scored:
     entropy: np.ndarray
     logits: np.ndarray | None = None
 
+    def of(self, rows: slice | np.ndarray) -> Scored:
+        """Some of the rows, by slice or by number."""
+        logits = None if self.logits is None else self.logits[rows]
+        return Scored(self.ids[rows], self.values[rows], self.log_sum[rows], self.entropy[rows], logits)
+
 
 class CanvasModel(Protocol):
     """A masked diffusion model over a cache of `capacity` slots. `vocabulary`: V; `largest_k`: k of `Scored`.

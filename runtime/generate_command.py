@@ -186,12 +186,10 @@ def generate(
         "rule": rule, "threshold": threshold, "guidance": guidance, "early_stop": early_stop or None,
     }  # fmt: skip
     said = {name: value for name, value in said.items() if value is not None}
-    if buckets:
-        said["buckets"] = True
     from .canvas_command import generate_canvases, wants_canvas
 
     texts = _read(prompt, prompts)
-    canvas = wants_canvas(model, said)
+    canvas = wants_canvas(model, said | ({"buckets": True} if buckets else {}))
     if report is not None:
         if prompts is not None or (drafter == "none" and not canvas):
             raise ElisionError("--report takes one --prompt and a --drafter")
@@ -208,7 +206,6 @@ def generate(
         }
         built = {"bits": bits, "runtime": runtime, "context": context, "batch": batch, "cache": not no_cache,
                 "threads": threads, "buckets": buckets}  # fmt: skip
-        said.pop("buckets", None)
         generate_canvases(model, asked, shared | said | {"trace": report is not None}, built)
         return
     from .generate import Generator

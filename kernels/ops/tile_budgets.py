@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..body import FLOAT, INT32, INT64, Body
 from ..definition import Attr, OpDef
-from ..lengths import Shape, fraction
+from ..lengths import Shape, floor_of, fraction
 from .match_tokens import body_sorted
 
 DOUBLE = int(TensorProto.DOUBLE)
@@ -53,11 +53,6 @@ def tile_budgets(
         shares = _shared(whole.clamp(min=0) @ regions, rest, patches, tiles)
     own = torch.full_like(shares[:, :1], first)
     return torch.cat([own, shares], 1).flatten().int()
-
-
-def floor_of(count: int, ratio: float) -> int:
-    share = fraction(ratio)
-    return count * share.numerator // share.denominator
 
 
 def _regions(rows: int, columns: int, height: int, width: int, strips: bool) -> np.ndarray:

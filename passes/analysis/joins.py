@@ -56,11 +56,7 @@ def find_joins(analysis: Analysis) -> list[Join]:
     spaces = [*packed, *(space for space in analysis.spaces if space.blocks and space not in parts)]
     for target in spaces:
         feeding = [s for s in spaces if s is not target and _reaches(analysis, s, target)]
-        direct = [
-            s
-            for s in feeding
-            if not any(o is not s and _reaches(analysis, s, o) and o in feeding for o in feeding)
-        ]
+        direct = [s for s in feeding if not any(o is not s and _reaches(analysis, s, o) for o in feeding)]
         for source in direct:
             value = _arrival(analysis, source, target)
             if value is not None and value.producer is not None:
@@ -68,6 +64,12 @@ def find_joins(analysis: Analysis) -> list[Join]:
                 found.append(Join(source, target, value, crossing, packed.get(source)))
     position = analysis.flow.position
     return sorted(found, key=lambda join: position[join.op])
+
+
+def written_join(analysis: Analysis) -> Join | None:
+    """The last place where tokens are written among others', not read by attention."""
+    written = [join for join in find_joins(analysis) if join.crossing is None]
+    return written[-1] if written else None
 
 
 def _last(analysis: Analysis, space: TokenSpace) -> Value:

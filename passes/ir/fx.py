@@ -61,7 +61,7 @@ class FxGraph(FxState):
     def from_export(cls, program: torch.export.ExportedProgram, *, raise_attention: bool = True) -> Self:
         """View an exported program. Parameters and buffers stay the same tensor objects."""
         if any(node.target is torch.ops.higher_order.flat_apply for node in program.graph.nodes):
-            # Calls of Python functions that the exporter could not see into; torch takes them apart, and only them.
+            # Calls of Python functions that the exporter could not see into: torch takes them apart.
             program = program.run_decompositions({})
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
@@ -179,7 +179,7 @@ class FxGraph(FxState):
         """`insert` for any operator overload; host-specific passes use it."""
         graph = self.module.graph
         before = self._next_node(after)
-        position = 0 if after is None else self.ops.index(after) + 1
+        position = self._position(after)
         named = {}
         for name, value in (attrs or {}).items():
             named[name], position = self._attribute(value, before, position)
@@ -202,7 +202,7 @@ class FxGraph(FxState):
         for path, value in zip(self._paths[op], inputs):
             if value is not None:
                 self._set_argument(node, path, self._node(value))
-        return self._enter(node, 0 if after is None else self.ops.index(after) + 1).outputs
+        return self._enter(node, self._position(after)).outputs
 
     def hoist(self, value: Value, after: Op | None) -> Op | None:
         before = self._next_node(after)
@@ -221,6 +221,10 @@ class FxGraph(FxState):
             before.prepend(node)
         self._changed()
         return self._move([self._ops[node] for node in moved if node in self._ops], after)
+
+    def _position(self, after: Op | None) -> int:
+        """Where in `ops` an op goes that comes right after `after`."""
+        return 0 if after is None else self.ops.index(after) + 1
 
     def _enter(self, node: fx.Node, position: int) -> Op:
         """Make the op of a call that was just put into the graph; the call goes again when it cannot be made."""
@@ -288,7 +292,7 @@ class FxGraph(FxState):
         graph = self.module.graph
         with graph.inserting_before(self._next_node(after)):
             node = graph.call_function(torch.ops.aten.cat.default, ([self._node(v) for v in inputs], axis))
-        return self._enter(node, 0 if after is None else self.ops.index(after) + 1).output
+        return self._enter(node, self._position(after)).output
 
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         """A new buffer (not part of the state_dict), on the device of the graph's first tensor."""
