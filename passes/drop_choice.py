@@ -19,7 +19,7 @@ from .writer import Writer
 @dataclass(frozen=True)
 class Chosen:
     """`numbers` [T, N] of the tower's tokens: flags of the kept ones, or scores where several become one before
-    they are ranked. `features`, where kept tokens took others in, stand for the tower's for all `readers` in the end."""
+    they are ranked. `features`, where kept tokens took others in, stand for the tower's for all `readers`."""
 
     write: Writer
     numbers: Value

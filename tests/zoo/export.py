@@ -43,14 +43,17 @@ def onnx_file(entry: ZooModel, folder: Path) -> Path:
             part.fused_attn = False  # type: ignore[assignment]
     program = export(call, entry.dynamic_shapes())
     _drop_idle_squeezes(program)
+    return saved(program, list(entry.inputs(2)), file)
+
+
+def saved(program: torch.export.ExportedProgram, names: list[str], file: Path) -> Path:
+    """The ONNX file of a program, whole or not at all: several workers may export the same model."""
     with quiet():
-        made = torch.onnx.export(
-            program, dynamo=True, input_names=list(entry.inputs(2)), verbose=False, optimize=True
-        )
+        made = torch.onnx.export(program, dynamo=True, input_names=names, verbose=False, optimize=True)
         assert made is not None
-        temporary = folder / f"{entry.name}.{os.getpid()}.onnx"
+        temporary = file.with_suffix(f".{os.getpid()}.onnx")
         made.save(temporary)
-    temporary.replace(file)  # whole or not at all: several workers may export the same model
+    temporary.replace(file)
     return file
 
 
