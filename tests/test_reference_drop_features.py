@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from tests import reference_drop as drop
 from tests.reference_draws import RATES, kept_of, keys, quick, scores
 
-
 # VisionZip
 
 

@@ -18,9 +18,9 @@ HEAD = f"""
 ## Vision-language models
 
 `{PASSES}` on small random configurations, two texts with a picture each. Where it drops, the logits of the tokens that
-are left are those of the unchanged model to which the dropped tokens are hidden (within 1e-4). Tests hold that for all but
-BLIP-2, whose positions follow the mask, so that hiding tokens moves the others; for Llama 3.2 Vision it is tested by
-hiding a tile.
+are left are those of the unchanged model to which the dropped tokens are hidden (within 1e-4). Tests hold that for all
+but BLIP-2, whose positions follow the mask, so that hiding tokens moves the others; for Llama 3.2 Vision it is tested
+by hiding a tile.
 
 | name | architecture | library | torch graph | ONNX file |
 | --- | --- | --- | --- | --- |
