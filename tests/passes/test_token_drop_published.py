@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tests import reference_drop as reference
 from tests.kernels.cases import call as call_op
 from tests.zoo.model import Built
-from tests.zoo.vlm import ORIGINAL, VLMS
+from tests.zoo.vlm import VLMS
+from tests.zoo.vlm_inputs import ORIGINAL
 
 from .drop_models import CLOSE, call_of, dropped, flags_of, gone_in, hidden, image_tokens, module_of, run
 
