@@ -24,6 +24,7 @@ from . import (
     match_tokens,
     mean_heads,
     merge_tokens,
+    overlay_rows,
     pool_tokens,
     ranges,
     rms_norm,
@@ -69,6 +70,8 @@ _ALL = (
     linear_topk.OP,
     linear_topk.SPREAD,
     embedding_nbits.OP,
+    overlay_rows.OWN,
+    overlay_rows.OVERLAY,
 )
 
 OPS: dict[str, OpDef] = {op.name: op for op in _ALL}

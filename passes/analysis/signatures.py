@@ -267,7 +267,7 @@ def _elision(op: Op) -> Groups:
         for axis in range(x.rank - mixed):
             yield [(x, axis), *((out, axis) for out in op.outputs)]
         other = op.operand(1)
-        if name in ("gated", "add_rms_norm") and other is not None:
+        if name in ("gated", "add_rms_norm", "overlay_rows") and other is not None:
             yield from one_to_one(x, other)
     elif name.startswith(("merge_tokens", "restore_tokens")):
         for axis in range(x.rank):
