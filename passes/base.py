@@ -36,6 +36,7 @@ BUILTIN: tuple[str, ...] = (
     "skip_layers",
     "taps",
     "extra_embeddings",
+    "image_ids",
 )
 
 _REGISTRY: dict[str, type[Pass]] = {}
@@ -105,6 +106,15 @@ def as_array(item: Any) -> Any:
         item = item.float() if str(item.dtype) == "torch.bfloat16" else item
         return item.numpy()
     return item if isinstance(item, np.ndarray) else None
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """A value's dtype as numpy's; bfloat16 as ml_dtypes has it."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 class Pass(abc.ABC):

@@ -10,14 +10,13 @@ but a causal attention the graph is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import sympy
 
-from .base import NewSignature, Outcome, Pass, PassContext, as_array, register
+from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
 from .errors import NothingMatched, PipelineError, Refused, VerificationError
 from .incremental_binding import SEQUENCE, Bindings
 from .incremental_build import ROWS_IN, Builder
@@ -25,6 +24,7 @@ from .incremental_pairs import read_rule
 from .incremental_plan import LastRows, Plan, drop_last_rows
 from .incremental_tables import Text, evaluate
 from .ir.graph import Graph, Value, static
+from .parts import part_that_makes
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Incremental(Pass):
 
     Inputs of the result: input_ids [1, M] int64, position_ids [1, M] int64, slots [M] int32, prefix [M, 2] int32,
     ancestors [M, A] int32 (see op cached_attention), key_cache.i [heads, capacity, width] and value_cache.i for
-    every self-attention in order, and cross.j for what is computed from a source. Outputs: those of the plain graph
-    with a row for each new row, then key_cache.i.out and value_cache.i.out. `Outcome.extra["prelude"]` is the graph
-    from the source's inputs to the cross.j, where there is one."""
+    every self-attention in order, and cross.j for what is computed from a source (where only its inputs are read, they
+    stay). Outputs: those of the plain graph with a row for each new row, then key_cache.i.out and value_cache.i.out.
+    `Outcome.extra["prelude"]` is the graph from the source's inputs to the cross.j, where there is one."""
 
     name = "incremental"
     exact = True
@@ -83,8 +83,9 @@ class Incremental(Pass):
             )
         examples = _Examples(graph, plan, text, options.capacity, self.example_rows)
         outcome.signature = signature = examples.signature(context, short)
-        if plan.cuts:
-            outcome.extra["prelude"] = _prelude(graph, plan.cuts)
+        if plan.prelude:
+            named = [(f"cross.{number}", value) for number, value in enumerate(plan.prelude)]
+            outcome.extra["prelude"] = part_that_makes(graph, named)
         dropped = [v.name for v in graph.outputs if plan.bindings.of(v) == SEQUENCE]
         if dropped:
             outcome.notes.append(
@@ -95,7 +96,9 @@ class Incremental(Pass):
         builder = Builder(graph, plan, tables, options.capacity)
         builder.build(text.ids, [(graph.output_names[i], i) for i in kept])
         if signature.after is not None:
-            caches = [np.zeros(static(cache.shape) or (), _numpy(cache.dtype)) for cache in builder.caches]
+            caches = [
+                np.zeros(static(cache.shape) or (), numpy_dtype(cache.dtype)) for cache in builder.caches
+            ]
             signature.after[len(ROWS_IN) : len(ROWS_IN)] = caches
         outcome.statistics |= builder.statistics
         outcome.statistics["removed ops"] = max(before - len(graph.ops), 0)
@@ -190,23 +193,6 @@ def _text(graph: Graph, names: tuple[str, str, str]) -> Text:
     return Text(ids, mask, positions)
 
 
-def _prelude(graph: Graph, cuts: Sequence[Value]) -> Graph:
-    """The part of `graph` that computes `cuts` as a graph of its own."""
-    twin = graph.copy()
-    known = {value.name: value for value in [*twin.inputs, *twin.values()]}
-    outputs = [(f"cross.{number}", known[value.name]) for number, value in enumerate(cuts)]
-    needed, queue = set(), [value for _, value in outputs]
-    while queue:
-        value = queue.pop()
-        if value in needed:
-            continue
-        needed.add(value)
-        if value.producer is not None:
-            queue += [v for v in [*value.producer.inputs, *value.producer.shape_inputs] if v is not None]
-    twin.set_signature([(v.name, v) for v in list(twin.inputs) if v in needed], outputs)
-    return twin
-
-
 class _Examples:
     """Example inputs of the plain graph and those of the new one that mean the same: a chain from empty caches."""
 
@@ -234,11 +220,3 @@ class _Examples:
         count = ids.shape[1]
         chain = [ids.astype(np.int64), np.arange(count, dtype=np.int64)[None], *self.rows(count)]
         return NewSignature([before[v] for v in self.graph.inputs], [*chain, *crosses], last_rows=short)
-
-
-def _numpy(dtype: str) -> Any:
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return ml_dtypes.bfloat16
-    return dtype

@@ -63,6 +63,8 @@ class Builder(Inserter):
     # ---- positions and sources -----------------------------------------------------------------------
     def _cross_inputs(self) -> list[tuple[str, Value]]:
         found = []
+        if not self.plan.prelude:
+            return [(value.name, value) for value in self.plan.cuts]
         for number, value in enumerate(self.plan.cuts):
             assert value.shape is not None
             name = f"cross.{number}"

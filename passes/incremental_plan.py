@@ -63,6 +63,11 @@ class Plan:
             if bindings.has_rows(value) and value not in self.axes:
                 raise Refused(f"the output %{value.name} has no row for every token")
 
+    @property
+    def prelude(self) -> list[Value]:
+        """`cuts`, where anything is computed from a source; none where its inputs alone are read: they stay."""
+        return [] if all(value.producer is None for value in self.cuts) else self.cuts
+
     # ---- attentions ----------------------------------------------------------------------------------
     def _among_rows(self, attention: Attention) -> bool:
         return self.bindings.has_rows(attention.q) and any(

@@ -36,8 +36,8 @@ class FxState(FxView):
 
     # ---- running a part ------------------------------------------------------------------------------
     def evaluate(self, values: Sequence[Value], feeds: Mapping[Value, np.ndarray]) -> list[np.ndarray]:
-        module, holders = self._part([self._node(v) for v in values])
-        given: dict[fx.Node, np.ndarray] = {v.raw: array for v, array in feeds.items()}
+        given: dict[fx.Node, np.ndarray] = {self._node(v): array for v, array in feeds.items()}
+        module, holders = self._part([self._node(v) for v in values], set(given))
         absent = [n.name for n, needed in holders.items() if needed and n not in given]
         if absent:
             raise ElisionError(f"%{values[0].name} cannot be evaluated without the input %{absent[0]}")
@@ -51,25 +51,33 @@ class FxState(FxView):
                 raise ElisionError(f"the graph does not run: {fx_nodes.first_line(error)}") from error
             return [fx_nodes.to_array(item) for item in found]
 
-    def _part(self, wanted: Sequence[fx.Node]) -> tuple[fx.GraphModule, dict[fx.Node, bool]]:
-        """A module that computes `wanted` from all placeholders, and those, with whether it needs them."""
-        needed, queue = set(wanted), list(wanted)
+    def _part(
+        self, wanted: Sequence[fx.Node], given: set[fx.Node]
+    ) -> tuple[fx.GraphModule, dict[fx.Node, bool]]:
+        """A module that computes `wanted` from all placeholders and from the nodes `given`, and those, with whether it
+        needs them."""
         source = self.module.graph
+        leaves = {node for node in source.nodes if node.op == "placeholder"} | given
+        needed, queue = {*wanted, *leaves}, [node for node in wanted if node not in leaves]
         for node in source.nodes:
-            if node.op == "placeholder" or (node.op == "call_function" and fx_nodes.writes(node)):
+            if node.op == "call_function" and node not in leaves and fx_nodes.writes(node):
                 queue.append(node)
                 needed.add(node)
         while queue:
             for node in queue.pop().all_input_nodes:
+                if node in leaves:
+                    continue
                 if node not in needed:
                     needed.add(node)
                     queue.append(node)
         graph, mapped = fx.Graph(), {}
         for node in source.nodes:
-            if node in needed:
+            if node in leaves and node.op != "placeholder":
+                mapped[node] = graph.placeholder(node.name)
+            elif node in needed:
                 mapped[node] = graph.node_copy(node, lambda n: mapped[n])
         graph.output(tuple(mapped[n] for n in wanted))
-        holders = {n: bool(mapped[n].users) for n in source.nodes if n.op == "placeholder"}
+        holders = {n: bool(mapped[n].users) for n in source.nodes if n in leaves}
         return fx.GraphModule(self.module, graph), holders
 
     # ---- inputs --------------------------------------------------------------------------------------

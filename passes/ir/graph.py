@@ -180,10 +180,11 @@ class Graph(abc.ABC):
 
     # ---- inputs and outputs --------------------------------------------------------------------------
     def evaluate(self, values: Sequence[Value], feeds: Mapping[Value, np.ndarray]) -> list[np.ndarray]:
-        """The data of `values` when the inputs in `feeds` hold these arrays: only what is behind `values` runs,
-        and symbolic lengths follow the arrays. Every input that `values` depend on must be fed, one they take
-        only a length from too. Bits are those of the host's own plain operators; bfloat16 comes as ml_dtypes'.
-        The graph is not changed. Raises ElisionError when it cannot run (one line: the host's reason)."""
+        """The data of `values` when the inputs, or values between, in `feeds` hold these arrays: only what is behind
+        `values` and not behind those runs, and symbolic lengths follow the arrays. Every input that is left must be
+        fed, one that only a length is taken from too. Bits are those of the host's own plain operators; bfloat16
+        comes as ml_dtypes'. The graph is not changed. Raises ElisionError when it cannot run (one line: the host's
+        reason)."""
         raise ElisionError(f"a graph of {self.host} cannot be evaluated in part")
 
     def add_input(self, name: str, dtype: str, shape: Sequence[Dim | str]) -> Value:

@@ -37,7 +37,7 @@ from .vlm_inputs import (
 )
 from .vlm_models import Whole
 
-__all__ = ["VLMS", "VlmModel", "export", "onnx_file", "padded"]
+__all__ = ["VLMS", "VlmModel", "export", "onnx_file", "padded", "placeholder_checks"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def export(model: VlmModel, *, checks: bool = True) -> torch.export.ExportedProg
 
     checks: with transformers' check that placeholders and image features are as many. torch.onnx cannot
     translate it (aten._is_all_true), so files are made without, by transformers' own switch."""
-    with _checks(checks):
+    with placeholder_checks(checks):
         return export_call(model.build(2), model.dynamic_shapes())
 
 
@@ -131,7 +131,8 @@ def onnx_file(model: VlmModel, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _checks(on: bool) -> Iterator[None]:
+def placeholder_checks(on: bool) -> Iterator[None]:
+    """With or without transformers' check that placeholders and image features are as many."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
     os.environ[name] = "0" if on else "1"
