@@ -29,12 +29,14 @@ from .parts import part_that_makes
 
 @dataclass(frozen=True)
 class IncrementalOptions:
-    """`capacity`: slots of every cache, and positions that the tables hold. `ids`, `mask`, `positions`: the names of
+    """`capacity`: slots of every cache. `reach`: positions that the tables hold, as many as slots where it is 0; more
+    where tokens are left out and the others keep the positions they had. `ids`, `mask`, `positions`: the names of
     the inputs with the decoder's token ids, their padding mask and their positions (by default decoder_input_ids,
     decoder_attention_mask and decoder_position_ids where there is a decoder_input_ids, else the same without
     decoder_). Every other input belongs to a source, an encoder for example."""
 
     capacity: int = 2048
+    reach: int = 0
     ids: str = ""
     mask: str = ""
     positions: str = ""
@@ -42,6 +44,8 @@ class IncrementalOptions:
     def __post_init__(self) -> None:
         if self.capacity < 2:
             raise PipelineError(f"capacity must be at least 2, not {self.capacity}")
+        if self.reach and self.reach < self.capacity:
+            raise PipelineError(f"reach must be at least the capacity, not {self.reach}")
 
 
 @register
@@ -74,7 +78,7 @@ class Incremental(Pass):
                 f"({len(graph.ops_of('attention'))} attentions among {len(graph.ops)} operations)"
             )
         text = _text(graph, names)
-        tables = evaluate(graph, plan, text, options.capacity, self.read_rule)
+        tables = evaluate(graph, plan, text, self._positions_held(), self.read_rule)
         outcome = Outcome(changed=True)
         self._before(graph, plan, outcome)
         if pasts:
@@ -116,6 +120,10 @@ class Incremental(Pass):
         """slots, prefix and ancestors of `count` rows that are a whole text."""
         places = np.arange(count, dtype=np.int32)
         return [places, np.stack([np.zeros_like(places), places], 1), places[:, None].copy()]
+
+    def _positions_held(self) -> int:
+        """How many positions the tables have."""
+        return self.options.reach or self.options.capacity
 
     def _before(self, graph: Graph, plan: Plan, outcome: Outcome) -> None:
         """Called before the graph is edited."""

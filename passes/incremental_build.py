@@ -78,7 +78,7 @@ class Builder(Inserter):
         for value, table in self.tables.rows.items():
             axis = self.plan.tables[value]
             shape = tuple(self.length if self.plan.one_each(dim) else dim for dim in value.shape or ())
-            if table.dtype == np.int64 and np.array_equal(table.reshape(-1), np.arange(self.capacity)):
+            if table.dtype == np.int64 and np.array_equal(table.reshape(-1), np.arange(table.size)):
                 made = positions if shape == positions.shape else self.plain("reshape", flat, shape=shape)
             elif (table == np.take(table, [0], axis)).all():  # the same at every position
                 stored = self._constant(np.take(table, [0], axis), f"{value.name}_row")

@@ -69,6 +69,9 @@ class Window(Incremental):
     Options = WindowOptions
     read_rule = staticmethod(read_full)
 
+    def _positions_held(self) -> int:
+        return self.options.capacity
+
     @staticmethod
     def example_rows(count: int) -> list[np.ndarray]:
         prefix = np.tile(np.array([[0, count]], np.int32), (count, 1))

@@ -20,11 +20,15 @@ from .generate_sampling import Sampler, Sampling, from_model
 from .h2o import H2O
 from .h2o_model import forgetting
 from .lm_facts import Facts
+from .lm_images import Pictures
 from .lm_step import StepModel
 from .lm_text import Stream, Text, encoded
 from .speculation import EXACT, Speculation, Spent
 
 Prompt = str | Sequence[int]
+
+READS_PROMPT = ("model", "self", "hierarchical")
+"""Drafters with a model of their own, which reads the prompt too."""
 
 
 @dataclass
@@ -91,12 +95,16 @@ class Generator:
     the tokens of plain decoding, "sampling" tokens of the same distribution. guard: stop drafting where it does not
     pay.
     h2o: an `elision.runtime.h2o.H2O`: the cache keeps so many keys of a sequence, and the text is another one.
+    images: of a model that reads pictures, an example of what it reads for one image besides the token ids, by name, as
+    its processor makes it ({"pixel_values": ...}): float tensors differ from image to image, everything else is the
+    same for all. drop: passes for its vision part, "token-drop{policy=hired budget=0.2}" for a fifth of the tokens.
 
     `settings` says what was compiled, with the verdict of the bit test in "exactness": "exact" where a row alone and
     the same row among others give the same bits, else "near-tie". Raises ElisionError, one line, for what cannot be
     read."""
 
     speculation: Speculation | None = None
+    pictures: Pictures | None = None
 
     def __init__(
         self,
@@ -115,6 +123,7 @@ class Generator:
         mode: str = EXACT,
         guard: bool = True,
         h2o: H2O | None = None,
+        images: Mapping[str, Any] | None = None,
         notify: Callable[[str], None] | None = None,
         **compile_options: Any,
     ) -> None:
@@ -126,14 +135,24 @@ class Generator:
         check_drafting(drafter, draft_model, mode)
 
         def reopen(other: Any, **changes: Any) -> Any:
-            mine = {"tokenizer": tokenizer, "bits": bits, "context": context} | compile_options | changes
+            mine: dict[str, Any] = {
+                "tokenizer": tokenizer,
+                "bits": bits,
+                "context": context,
+                "images": images,
+            }
+            mine |= compile_options | changes
             which, options = (model, mine) if other is None else (other, {})
             return open_model(which, runtime=runtime, cache=cache, threads=threads, notify=tell, **options)
 
+        if images is not None and (h2o is not None or drafter in READS_PROMPT):
+            what = "h2o" if h2o is not None else f"the drafter {drafter!r}"
+            raise ElisionError(f"{what} reads the prompt for itself, and cannot read the pictures in it")
         tell = notify or (lambda _step: None)
         opened = reopen(None) if h2o is None else reopen(None, key_scores=True)
         running, settings = (opened.model, opened.settings) if h2o is None else forgetting(opened, h2o)
         self._set(running, opened.facts, opened.tokenizer, settings, batch)
+        self.pictures = opened.pictures
         asked = Asked(drafter, draft_model, tree, mode, guard, threads, tell, reopen)
         self.speculation = build(opened, asked)
 
@@ -172,7 +191,10 @@ class Generator:
         temperature (0: greedy), top_k, top_p, seed, repetition_penalty: how ids are chosen. stop: a string or several
         that end the text. chat: put the prompt into the chat template; system: what is said before it. eos: ids that
         end a text instead of the model's own (an empty list: none). encoder_inputs: what an encoder-decoder reads, by
-        name or as one array; its prompt (ids of the decoder) may then be None. trace: keep a record of every round.
+        name or as one array; its prompt (ids of the decoder) may then be None. images: what a model that reads
+        pictures reads of a prompt's, by name, all of its images in one array each; a list with an entry (or None) for
+        every prompt of several. A prompt has one placeholder for each image, or one for each of its tokens. trace: keep
+        a record of every round.
         Raises ElisionError for a prompt or option that the model cannot take."""
         prompts, single = prompts_of(prompt)
         sequences, settings = self._prepare(prompts, max_new_tokens, options)
@@ -209,7 +231,7 @@ class Generator:
     def _prepare(
         self, prompts: list[Any], max_new_tokens: int, options: dict[str, Any]
     ) -> tuple[list[Running], dict[str, Any]]:
-        known = {"stop", "chat", "system", "eos", "encoder_inputs", "trace"}
+        known = {"stop", "chat", "system", "eos", "encoder_inputs", "trace", "images"}
         how = self._sampling({key: value for key, value in options.items() if key not in known})
         stops = options.get("stop") or ()
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
@@ -221,17 +243,31 @@ class Generator:
         eos = options.get("eos")
         ends = frozenset(self.facts.ends if eos is None else [eos] if isinstance(eos, int) else eos)
         self._encode_source(options.get("encoder_inputs"))
+        images = self._images(options.get("images"), len(prompts))
         sequences = []
-        for number, prompt in enumerate(prompts):
+        for number, (prompt, seen) in enumerate(zip(prompts, images)):
             if prompt is None and self.facts.start is not None:
                 prompt = [self.facts.start]
             where = f"prompt {number + 1}" if len(prompts) > 1 else "the prompt"
             ids = self.encode(prompt, chat=chat, system=system)
-            limit, cut_by = self._limit(where, len(ids), max_new_tokens)
+            written = None if self.pictures is None else self.pictures.written(where, ids, seen)
+            ids = ids if written is None else written.ids
+            behind = len(ids) if written is None else int(written.places[-1]) + 1
+            limit, cut_by = self._limit(where, len(ids), behind, max_new_tokens)
             stream = Stream(self.text, stops)
             spent = Spent(trace=[] if options.get("trace") else None)
             sequences.append(
-                Running(ids, limit, Sampler(how, number), stream, ends, number, cut_by, spent=spent)
+                Running(
+                    ids,
+                    limit,
+                    Sampler(how, number),
+                    stream,
+                    ends,
+                    number,
+                    cut_by,
+                    spent=spent,
+                    written=written,
+                )
             )
         extra = {"stop": list(stops)} if stops else {}
         extra |= {"chat": True} if chat else {}
@@ -249,22 +285,39 @@ class Generator:
         except TypeError as error:
             raise ElisionError(f"an option of generate is no number ({error})") from None
 
-    def _limit(self, where: str, length: int, wanted: int) -> tuple[int, str]:
-        """How many new ids a prompt of `length` may have, and what stops it then. Raises ElisionError."""
+    def _images(self, given: Any, count: int) -> list[Any]:
+        """What there is for each of `count` prompts. Raises ElisionError."""
+        if given is None:
+            return [None] * count
+        if self.pictures is None:
+            raise ElisionError(
+                "images are for models that read pictures: give an example to Generator as images"
+            )
+        found = [given] if isinstance(given, Mapping) else list(given)
+        if len(found) != count:
+            raise ElisionError(f"there are {len(found)} entries of images for {count} prompts")
+        return found
+
+    def _limit(self, where: str, length: int, behind: int, wanted: int) -> tuple[int, str]:
+        """How many new ids a prompt of `length` may have that reaches up to the position `behind`, and what stops it
+        then. Raises ElisionError."""
         held, positions = self.model.capacity, self.facts.positions
+        reach = held if self.pictures is None else self.pictures.facts.reach
         if length == 0:
             raise ElisionError(f"{where} is empty: it has no token to begin with")
-        if positions is not None and length > positions:
-            raise ElisionError(f"{where} has {length} tokens, the model's context {positions}")
-        if length > held:
+        if positions is not None and behind > positions:
+            raise ElisionError(f"{where} has {behind} tokens, the model's context {positions}")
+        if length > held or behind > reach:
+            many, room = (length, held) if length > held else (behind, reach)
             raise ElisionError(
-                f"{where} has {length} tokens, the cache {held} positions: ask for a larger context"
+                f"{where} has {many} tokens, the cache {room} positions: ask for a larger context"
             )
         # The last new id needs no position: it is never fed.
-        room = self.context - length + 1
+        slots = min(held - length, reach - behind) + 1
+        room = slots if positions is None else min(slots, positions - behind + 1)
         if wanted <= room:
             return wanted, "length"
-        if positions is None or held < positions:
+        if positions is None or slots < positions - behind + 1:
             raise ElisionError(
                 f"the cache is too small: {where} has {length} tokens and {wanted} new ones are asked for, "
                 f"it holds {held}; ask for a larger context"

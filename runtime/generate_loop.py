@@ -10,12 +10,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from .draft_tree import Tree
 from .drafters import Verified
 from .generate_sampling import Sampler
+from .lm_images import Written
 from .lm_step import (
     CHUNK,
     Largest,
@@ -23,6 +25,7 @@ from .lm_step import (
     Slots,
     StepModel,
     chain,
+    further,
     joined,
     largest_of,
     prompt_chunks,
@@ -41,7 +44,9 @@ HEADROOM = 63
 class Running:
     """One sequence. limit: new ids at most; ends: ids that end it (they are kept in `new`, and give no text).
 
-    quiet: nobody reads along, so that text is made at the end. finish: "eos", "stop" (a stop string), "length"
+    written: where there are pictures in the prompt: their rows, and the positions of its tokens; `words` are its ids
+    without those of pictures. quiet: nobody reads along, so that text is made at the end.
+    finish: "eos", "stop" (a stop string), "length"
     (max_new_tokens) or "context" (no position is left)."""
 
     prompt: list[int]
@@ -63,6 +68,17 @@ class Running:
     begun: float = 0.0
     first: float = 0.0
     ended: float = 0.0
+    written: Written | None = None
+
+    @cached_property
+    def words(self) -> list[int]:
+        """The ids of the prompt that are those of words."""
+        return self.prompt if self.written is None else self.written.words
+
+    @cached_property
+    def gone(self) -> int:
+        """How many tokens of the prompt were left out: all behind them are so many positions further."""
+        return 0 if self.written is None else int(self.written.places[-1]) + 1 - len(self.prompt)
 
     @property
     def slots(self) -> int:
@@ -136,19 +152,23 @@ def _begin(model: StepModel, one: Running, chunk: int, speculation: Speculation 
         one.first = one.ended = one.begun
         one.finish = one.cut_by
         return
-    *earlier, rows = prompt_chunks(one.start, one.prompt, chunk)
+    places = None
+    if one.written is not None:
+        model.show(one.written.rows)
+        places = one.written.places
+    *earlier, rows = prompt_chunks(one.start, one.prompt, chunk, places)
     for part in earlier:
         model.largest(part, [len(part) - 1])
     last = [len(rows) - 1]
     if one.sampler.plain:
         token = one.sampler.best(model.largest(rows, last), 0)
     else:
-        token = one.sampler.choose(model.step(rows, last)[0], one.prompt, 0, last=one.limit == 1)
+        token = one.sampler.choose(model.step(rows, last)[0], one.words, 0, last=one.limit == 1)
     _commit(one, token)
     _settle(one)
     if speculation is not None and not one.finish:
         seed = (one.sampler.how.seed, one.number)
-        one.draft = speculation.begin([*one.prompt, *one.new], one.limit - len(one.new), seed)
+        one.draft = speculation.begin([*one.words, *one.new], one.limit - len(one.new), seed)
 
 
 def _close(one: Running) -> None:
@@ -220,15 +240,15 @@ def _tree(one: Running, sequences: int) -> Tree:
 
 def _rows(one: Running, tree: Tree) -> Rows:
     if len(tree) == 1:
-        return chain(one.start, one.past, tree.tokens)
-    return tree_rows(one.start, one.past, tree.tokens, tree.parents, tree.depths)
+        return further(chain(one.start, one.past, tree.tokens), one.gone)
+    return further(tree_rows(one.start, one.past, tree.tokens, tree.parents, tree.depths), one.gone)
 
 
 def _verify(
     one: Running, tree: Tree, best: Largest | None, scores: np.ndarray | None, speculation: Speculation | None
 ) -> tuple[list[int], list[int]]:
     sampler = one.sampler
-    history, known = [*one.prompt, *one.new], len(one.new)
+    history, known = [*one.words, *one.new], len(one.new)
     rejecting = speculation is not None and speculation.mode == SAMPLING and not sampler.how.greedy
 
     def choose(node: int, tokens: Sequence[int]) -> int:

@@ -105,6 +105,9 @@ class EvictingSteps:
                 np.asarray(source) % self.capacity, np.asarray(target) % self.capacity
             )
 
+    def show(self, rows: np.ndarray) -> None:
+        raise ElisionError("h2o reads the prompt for itself, and cannot read the pictures in it")
+
     def begin(self, inputs: dict[str, Any]) -> None:
         self._model.begin(inputs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import numpy as np
 
 from ..passes.base import Pass, PassContext
 from ..passes.errors import ElisionError, Refused
+from ..passes.image_ids import ROWS
 from ..passes.ir.graph import Graph
 from ..passes.pipeline import parse
 from .lm_facts import Facts
+from .lm_images import ImageFacts
 from .lm_source import Source
 from .lm_step import LARGEST
 from .table import table_for
@@ -33,7 +35,8 @@ class Wanted:
     """What a user can say about compilation. bits: None keeps the formats of a quantized file, or float32. group,
     method, head_bits: as in the pass `quantize`. key_scores: with the outputs of the pass `key-scores`.
     skip: the part of its layers that is left out (pass `skip-layers`). taps: hidden states that are put out (pass
-    `taps`: "last", or numbers of layers), "" for none."""
+    `taps`: "last", or numbers of layers), "" for none. drop: of a vision-language model, what leaves tokens of pictures
+    out ("token-drop{policy=hired budget=0.2}"), "" for nothing."""
 
     bits: int | None = None
     runtime: str = "onnxruntime"
@@ -44,6 +47,7 @@ class Wanted:
     key_scores: bool = False
     skip: float = 0.0
     taps: str = ""
+    drop: str = ""
 
     def __post_init__(self) -> None:
         """Raises ElisionError for values that mean nothing."""
@@ -89,12 +93,15 @@ class Compiled:
     notes: list[str] = field(default_factory=list)
 
 
-def plain_graph(module: Any, runtime: str, tell: Tell) -> tuple[Graph, dict[str, np.ndarray]]:
-    """A transformers model as a graph of ids to logits, and an example of its inputs. Raises ElisionError."""
+def plain_graph(
+    module: Any, runtime: str, tell: Tell, images: Mapping[str, Any] | None = None
+) -> tuple[Graph, dict[str, np.ndarray]]:
+    """A transformers model as a graph of ids (and `images`) to logits, and an example of its inputs. Raises
+    ElisionError."""
     from .lm_export import plain_causal_graph
 
     tell("tracing the model")
-    program = plain_causal_graph(module)
+    program = plain_causal_graph(module, images=images)
     example = {name: item.numpy() for name, item in (program.example_inputs or ((), {}))[1].items()}
     if runtime == "torch":
         from ..passes.ir.fx import FxGraph
@@ -123,24 +130,31 @@ def step_graph(
     samples: list[np.ndarray],
     tell: Tell,
     example: dict[str, np.ndarray] | None = None,
+    images: ImageFacts | None = None,
 ) -> Compiled:
-    """The step graph of a plain graph. samples: token ids [1, S] that weights of few bits are chosen by.
+    """The step graph of a plain graph. samples: token ids [1, S] that weights of few bits are chosen by. images: what
+    `lm_vision.parted` says of a graph with rows of pictures.
 
     Raises Refused or NothingMatched where the graph is not that of a causal language model."""
-    todo = pipeline(wanted, capacity, formats)
+    todo = pipeline(wanted, capacity, formats, images)
     if graph.host == "onnx":
         todo = [*parse("normalise"), *todo]
+    beside: list[Any] = (
+        [] if images is None else [np.zeros((1, images.width), np.float32)]
+    )  # no text's ids read it
     inputs = [value.name for value in graph.inputs]
-    if samples and inputs != ["input_ids"]:
+    if samples and inputs != ["input_ids", *([ROWS] if images is not None else [])]:
         samples = []  # other inputs would have to be made up
     context = PassContext(
         force=True,
         target="onnxruntime" if graph.host == "onnx" else "torch",
         table=table_for(graph.host),
-        samples=[[item] for item in samples] or None,
+        samples=[[item, *beside] for item in samples] or None,
         formats=formats.known,
     )
     report = run(graph, todo, context, tell)
+    if images is not None:
+        check_positions(report.graph, images)
     found = [single.extra["prelude"] for single in report.passes if single.extra.get("prelude") is not None]
     prelude = run(found[0], parse("lower"), context, tell).graph if found else None
     notes = [f"{single.name}: {note}" for single in report.passes for note in single.notes]
@@ -148,6 +162,19 @@ def step_graph(
     lowered = run(rows, parse("lower"), context, tell)
     notes += [f"{single.name}: {note}" for single in lowered.passes for note in single.notes]
     return Compiled(lowered.graph, prelude, _source_of(example or {}, prelude), notes)
+
+
+def check_positions(graph: Graph, images: ImageFacts) -> None:
+    """Raises Refused where tokens that keep their positions while others are left out would be seen wrongly."""
+    if images.compact or images.kept == images.rows:
+        return
+    for op in graph.ops:
+        if op.target == "elision.cached_attention" and (op.attrs["window"] or op.operand(8) is not None):
+            what = "a window" if op.attrs["window"] else "a bias by distance"
+            raise Refused(
+                f"{op.target} (%{op.name}) has {what}, which counts tokens: say positions=compact where some of an "
+                "image's are left out"
+            )
 
 
 def with_largest(
@@ -178,12 +205,13 @@ def run(graph: Graph, passes: list[Pass], context: PassContext, tell: Tell) -> A
     return run_pipeline(graph, passes, context=context, progress=progress)
 
 
-def pipeline(wanted: Wanted, capacity: int, formats: Formats) -> list[Pass]:
+def pipeline(wanted: Wanted, capacity: int, formats: Formats, images: ImageFacts | None = None) -> list[Pass]:
     """What comes before the head and lowering. Weights are rounded in the plain graph, which sample texts run through
     as they are."""
     text = [f"skip-layers{{share={wanted.skip}}}"] if wanted.skip else []
     text += quantizing(wanted, formats)
-    text += [f"incremental{{capacity={capacity}}}", *(["key-scores"] if wanted.key_scores else [])]
+    reach = "" if images is None else f" reach={images.reach}"
+    text += [f"incremental{{capacity={capacity}{reach}}}", *(["key-scores"] if wanted.key_scores else [])]
     text += [f'taps{{where="{wanted.taps}"}}'] if wanted.taps else []
     text += ["keep-rows", "fix-rows"]
     return parse(",".join(text))

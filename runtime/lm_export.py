@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +18,17 @@ SOURCE_LENGTH = 5
 
 
 def plain_causal_graph(
-    model: torch.nn.Module, source: torch.Tensor | None = None
+    model: torch.nn.Module,
+    source: torch.Tensor | None = None,
+    images: Mapping[str, Any] | None = None,
 ) -> torch.export.ExportedProgram:
     """`model` as an exported program in batches of 1 whose decoder length is dynamic.
 
     Inputs: `input_ids` int64 [1, S]; of a model whose `config.is_encoder_decoder` is true, its `main_input_name`
     (ids [1, T], T dynamic, or float features of a static shape) and `decoder_input_ids` [1, S]. `source` is an
-    example of that main input, needed where it is neither ids nor log-mel features. Output: `logits` [1, S, V].
+    example of that main input, needed where it is neither ids nor log-mel features. `images` is what the model reads
+    besides the ids, by name: float tensors are inputs of that shape, everything else (sizes, grids) is the same for
+    every picture. Output: `logits` [1, S, V].
     `model` is called as transformers' models are, with `use_cache=False`. Weights stay the model's own tensors,
     under their own names behind `model.`.
 
@@ -33,20 +40,44 @@ def plain_causal_graph(
         inputs["decoder_input_ids"] = ids
     else:
         inputs["input_ids"] = ids
+    fixed: dict[str, Any] = {}
+    for name, value in (images or {}).items():
+        (inputs if is_picture(value) else fixed)[name] = value
     lengths = {
         name: {} if value.is_floating_point() else {1: torch.export.Dim.AUTO}
         for name, value in inputs.items()
     }
-    with quietly(f"{type(model).__name__} cannot be traced by torch.export"), torch.no_grad():
+    with quietly(f"{type(model).__name__} cannot be traced by torch.export"), torch.no_grad(), _unchecked():
         return torch.export.export(
-            _Logits(model, list(inputs)).eval(), (), inputs, dynamic_shapes=lengths, strict=False
+            _Logits(model, list(inputs), fixed).eval(), (), inputs, dynamic_shapes=lengths, strict=False
         )
 
 
-class _Logits(torch.nn.Module):
-    """names: of the inputs. They are the signature: how `dynamic_shapes` of **inputs are said depends on torch."""
+def is_picture(value: Any) -> bool:
+    """Whether this is what differs from picture to picture."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
-    def __init__(self, model: torch.nn.Module, names: list[str]) -> None:
+
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    """Without transformers' check that placeholders and image features are as many: its switch, for what is traced."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class _Logits(torch.nn.Module):
+    """names: of the inputs. They are the signature: how `dynamic_shapes` of **inputs are said depends on torch.
+    fixed: what else the model is called with."""
+
+    def __init__(self, model: torch.nn.Module, names: list[str], fixed: Mapping[str, Any]) -> None:
         super().__init__()
         self.model = model
 
@@ -55,7 +86,7 @@ class _Logits(torch.nn.Module):
         kept = {"use_cache": False} if any_name or "use_cache" in taken else {}
 
         def forward(**inputs: torch.Tensor) -> torch.Tensor:
-            return self.model(**inputs, **kept).logits
+            return self.model(**inputs, **fixed, **kept).logits
 
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

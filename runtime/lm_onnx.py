@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..passes.errors import ElisionError, ModelFileError
+from ..passes.image_ids import ROWS
 from .inputs import first_line
 from .lm_caches import Caches
 from .lm_step import LARGEST, Largest, Rows, beside, is_tap, largest_of, named_inputs
@@ -56,6 +57,8 @@ class OnnxSteps:
         self.vocabulary = vocabulary
         self.largest_k = int(made["indices"].shape[-1]) if self._ranks else min(LARGEST, vocabulary)
         self._prelude = None if prelude is None else start_session(prelude, threads)
+        if ROWS in self._inputs:
+            self.show(np.zeros((1, int(self._inputs[ROWS].shape[-1])), np.float32))
         self._begun = {name for name in self._inputs if name.startswith("cross.")}
 
     def _bind(self, name: str, array: np.ndarray) -> None:
@@ -137,6 +140,10 @@ class OnnxSteps:
     def caches(self) -> dict[str, np.ndarray]:
         """The caches [heads, slots, width] by name, to be written into."""
         return self._caches.views
+
+    def show(self, rows: np.ndarray) -> None:
+        """See `lm_step.StepModel`."""
+        self._bind(ROWS, np.ascontiguousarray(rows))
 
     def begin(self, inputs: dict[str, Any]) -> None:
         if self._prelude is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..passes.errors import ElisionError, ModelFileError
+from ..passes.image_ids import ROWS
 from . import lm_artefact
 from .lm_artefact import Artefact
 from .lm_compile import Compiled, Formats, Wanted, formats_of, plain_graph, samples_for, step_graph
 from .lm_facts import Facts, facts_beside, facts_of_module
+from .lm_images import VISION, ImageFacts, Pictures, load_pictures
 from .lm_source import Source, find
 from .lm_step import StepModel
 from .lm_text import Text
@@ -29,13 +31,14 @@ Tell = Callable[[str], None]
 @dataclass
 class Opened:
     """tokenizer: of transformers, None where the model came without one. settings: what was compiled, the verdict. key:
-    of the kept artefact, None where it was not kept."""
+    of the kept artefact, None where it was not kept. pictures: the vision part of a model that reads pictures."""
 
     model: StepModel
     facts: Facts
     tokenizer: Any
     settings: dict[str, Any]
     key: str | None = None
+    pictures: Pictures | None = None
 
 
 def open_model(
@@ -48,19 +51,23 @@ def open_model(
     cache: bool = True,
     threads: int = 0,
     notify: Tell = lambda _step: None,
+    images: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Opened:
     """Arguments as of `Generator`; options: fields of `Wanted`. Raises ElisionError."""
     wanted = wanted_by("Generator", bits, runtime, context, threads, options)
+    if wanted.drop and images is None:
+        raise ElisionError("drop is for models that read pictures: give an example of them as images")
     if not isinstance(model, str | os.PathLike):
         facts = facts_of_module(checked_module(model, "a transformers model"))
-        compiler = Compiler(None, wanted, threads, notify, module=model, facts=facts)
+        compiler = Compiler(None, wanted, threads, notify, module=model, facts=facts, images=images)
         name, called = None, type(model).__name__
     else:
         source = find(model)
         check(source)
-        name, called = lm_artefact.key(source.digest(), wanted.to_json()) if cache else None, str(model)
-        compiler = Compiler(source, wanted, threads, notify)
+        told = wanted.to_json() | ({} if images is None else {"images": described(images)})
+        name, called = lm_artefact.key(source.digest(), told) if cache else None, str(model)
+        compiler = Compiler(source, wanted, threads, notify, images=images)
 
     def take(artefact: Artefact, tokenizer: Any) -> Opened:
         return _opened(artefact, called, tokenizer, threads, notify)
@@ -78,6 +85,13 @@ def wanted_by(
         return Wanted(bits, runtime, context, **options)
     except TypeError as error:
         raise ElisionError(f"{who}: {str(error).removeprefix('Wanted.__init__() ')}") from None
+
+
+def described(images: Mapping[str, Any]) -> dict[str, str]:
+    """What an example of pictures decides of a compiled model."""
+    from .lm_export import is_picture
+
+    return {name: str(list(item.shape) if is_picture(item) else item) for name, item in images.items()}
 
 
 def checked_module(model: Any, wanted: str) -> Any:
@@ -137,7 +151,11 @@ def _opened(artefact: Artefact, name: str, tokenizer: Any, threads: int, notify:
     notify("starting the runtime")
     scored = bool(settings.get("key_scores"))
     model = start(artefact.folder, settings["runtime"], facts.vocabulary, threads, scored)
-    return Opened(model, facts, kept_tokenizer(artefact, tokenizer), {"model": name, **settings})
+    told, pictures = {"model": name, **settings}, None
+    if "images" in artefact.about:
+        known = ImageFacts.from_json(artefact.about["images"])
+        pictures = load_pictures(artefact.folder, settings["runtime"], known, threads)
+    return Opened(model, facts, kept_tokenizer(artefact, tokenizer), told, pictures=pictures)
 
 
 def kept_tokenizer(artefact: Artefact, given: Any) -> Any:
@@ -174,6 +192,7 @@ def start(folder: Path, runtime: str, vocabulary: int, threads: int, scored: boo
         its.get("inputs", ()),
         its.get("outputs", ()),
         threads,
+        names.get("rows", 0),
     )
 
 
@@ -189,9 +208,10 @@ class Compiler:
         notify: Tell,
         module: Any = None,
         facts: Facts | None = None,
+        images: Mapping[str, Any] | None = None,
     ) -> None:
         self.source, self.wanted, self.threads, self.tell = source, wanted, threads, notify
-        self.module, self.facts = module, facts
+        self.module, self.facts, self.images = module, facts, images
         self.kept: list[Any] = []  # matrices that a checkpoint has in few bits
 
     def fill(self, folder: Path, tokenizer: Any) -> dict[str, Any]:
@@ -205,19 +225,32 @@ class Compiler:
         capacity = wanted.capacity(facts)
         formats = Formats() if self.source is None else formats_of(self.source, wanted, self.kept, self.tell)
         samples = samples_for(wanted, tokenizer, facts.vocabulary, capacity)
-        compiled = step_graph(graph, wanted, capacity, formats, samples, self.tell, example)
+        parts = None
+        if self.images is not None:
+            from .lm_vision import parted
+
+            parts = parted(graph, self.module, self.images, wanted.drop, capacity, facts.positions, self.tell)
+            graph, example = parts.text, {}
+        known = None if parts is None else parts.facts
+        compiled = step_graph(graph, wanted, capacity, formats, samples, self.tell, example, known)
         del graph
         self.module = None  # its weights are in the graph, or no longer needed
         self.tell("writing the compiled model")
         save(compiled, folder)
+        if parts is not None:
+            save_part(parts.vision, folder, VISION)
+            compiled.notes[:0] = parts.notes
         self._keep(folder, tokenizer)
         self.tell("comparing rows bit by bit")
         verdict = self._verdict(folder, facts, compiled.example)
         settings = self._told(facts.architecture, formats, samples) | {"exactness": verdict["verdict"]}
         if wanted.key_scores:
             settings["key_scores"] = True
+        if wanted.drop:
+            settings["drop"] = wanted.drop
         write_properties(folder, settings)
         return {
+            **({} if parts is None else {"images": parts.facts.to_json()}),
             "facts": facts.to_json(),
             "settings": settings,
             "exactness": verdict,
@@ -253,7 +286,7 @@ class Compiler:
             self.tell("loading the weights")
             self.module, self.kept = load_module(self.source)
             self.facts = facts_of_module(self.module)
-        return plain_graph(self.module, self.wanted.runtime, self.tell)
+        return plain_graph(self.module, self.wanted.runtime, self.tell, self.images)
 
     def _from_onnx(self, file: Path) -> Any:
         from .api import open_onnx
@@ -280,13 +313,21 @@ def save(compiled: Compiled, folder: Path) -> None:
         from ..passes.onnx import io
 
         io.save_model(graph.model, folder / STEP, external=True)
-        if compiled.prelude is not None:
-            io.save_model(compiled.prelude.model, folder / PRELUDE, external=True)  # type: ignore[attr-defined]
-        return
-    save_module(graph, folder)
+    else:
+        save_module(graph, folder)
     if compiled.prelude is not None:
-        (folder / "prelude").mkdir()
-        save_module(compiled.prelude, folder / "prelude")
+        save_part(compiled.prelude, folder, "prelude")
+
+
+def save_part(graph: Any, folder: Path, name: str) -> None:
+    """A graph besides the step graph, as a file (in ONNX) or a folder of this name."""
+    if graph.host == "onnx":
+        from ..passes.onnx import io
+
+        io.save_model(graph.model, folder / f"{name}.onnx", external=True)
+        return
+    (folder / name).mkdir()
+    save_module(graph, folder / name)
 
 
 def save_module(graph: Any, folder: Path) -> None:
@@ -299,6 +340,8 @@ def save_module(graph: Any, folder: Path) -> None:
         if f"{name}.out" in graph.output_names
     }
     names = {"inputs": graph.input_names, "outputs": graph.output_names, "caches": caches}
+    widths = [int(value.shape[-1]) for name, value in zip(graph.input_names, graph.inputs) if name == ROWS]
+    names |= {"rows": widths[0]} if widths else {}
     save_torch(graph.to_module(), folder, names)
 
 

@@ -8,7 +8,7 @@ of a tree are told apart by nothing else, so one call can hold rows of many.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,6 +71,10 @@ class StepModel(Protocol):
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """What an encoder-decoder's decoder attends to, from now on. Raises ElisionError where there is no encoder."""
+        ...
+
+    def show(self, rows: np.ndarray) -> None:
+        """Rows float32 [R, C] of pictures, which the ids from V on mean from now on. Of models that read pictures."""
         ...
 
 
@@ -177,10 +181,19 @@ def _widened(ancestors: np.ndarray, width: int) -> np.ndarray:
     return np.pad(ancestors, ((0, 0), (0, padding)), constant_values=-1) if padding else ancestors
 
 
-def prompt_chunks(start: int, ids: Sequence[int], chunk: int = CHUNK) -> Iterator[Rows]:
-    """The calls that write a prompt into the slots from `start` on."""
+def prompt_chunks(
+    start: int, ids: Sequence[int], chunk: int = CHUNK, places: np.ndarray | None = None
+) -> Iterator[Rows]:
+    """The calls that write a prompt into the slots from `start` on. places: the position of each token, where tokens
+    between were left out."""
     for first in range(0, len(ids), chunk):
-        yield chain(start, first, ids[first : first + chunk])
+        rows = chain(start, first, ids[first : first + chunk])
+        yield rows if places is None else replace(rows, positions=places[first : first + chunk])
+
+
+def further(rows: Rows, by: int) -> Rows:
+    """The same rows `by` positions further on: behind a prompt of which so many tokens were left out."""
+    return replace(rows, positions=rows.positions + by) if by else rows
 
 
 def named_inputs(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..passes.errors import ElisionError
+from ..passes.image_ids import ROWS
 from .lm_caches import Caches
 from .lm_step import LARGEST, Largest, Rows, beside, is_tap, largest_of, named_inputs
 
@@ -19,7 +20,7 @@ class TorchSteps:
 
     module: takes the inputs called `inputs`, in this order, and gives a flat list of outputs called `outputs`.
     caches: the shape of each cache by its name; they hold float32. prelude: computes the inputs that hold what an
-    encoder read."""
+    encoder read. width: of rows of pictures, where the module takes them."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class TorchSteps:
         prelude_inputs: Sequence[str] = (),
         prelude_outputs: Sequence[str] = (),
         threads: int = 0,
+        width: int = 0,
     ) -> None:
         self._module, self._inputs, self._outputs = module, list(inputs), list(outputs)
         self._prelude, self._prelude_names = prelude, (list(prelude_inputs), list(prelude_outputs))
@@ -45,6 +47,8 @@ class TorchSteps:
         self.hidden: np.ndarray | None = None  # of the last call
         self.capacity = int(next(iter(caches.values()))[1])
         self.vocabulary = vocabulary
+        if width:
+            self.show(np.zeros((1, width), np.float32))
         if threads:
             torch.set_num_threads(threads)
 
@@ -101,6 +105,10 @@ class TorchSteps:
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         self._block.move(source, target)
+
+    def show(self, rows: np.ndarray) -> None:
+        """See `lm_step.StepModel`."""
+        self._values[ROWS] = torch.from_numpy(np.ascontiguousarray(rows))
 
     @torch.inference_mode()
     def begin(self, inputs: dict[str, Any]) -> None:

@@ -1,0 +1,171 @@
+"""Pictures among the words: their features as rows of a text, and a prompt in which they have ids of their own.
+
+A compiled vision-language model has two graphs. The vision part makes rows of a picture, all of them or those that a
+pass `token-drop` keeps; the step graph reads row n where a token's id is V + n (pass `image-ids`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..passes.errors import ElisionError
+
+VISION = "vision"
+"""The vision part's file (in ONNX) or folder."""
+
+Run = Callable[[list[np.ndarray]], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """placeholder: the id that stands for image tokens in a prompt. first: the id of row 0 (V). rows: tokens of one
+    image; kept: those of them that become rows. width: C. shapes: of what the vision part reads for one image, by name.
+    reach: positions that the step graph has. compact: whether tokens count from 0 without those that were left out."""
+
+    placeholder: int
+    first: int
+    rows: int
+    kept: int
+    width: int
+    shapes: dict[str, list[int]]
+    reach: int
+    compact: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ImageFacts:
+        return ImageFacts(**data)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt with pictures. ids: of its tokens, V + n for row n. places: int64, the position of each. rows: float32
+    [R, C]. images: how many there are. first: V."""
+
+    ids: list[int]
+    places: np.ndarray
+    rows: np.ndarray
+    images: int
+    first: int
+
+    @property
+    def words(self) -> list[int]:
+        """The ids that are none of pictures."""
+        return [token for token in self.ids if token < self.first]
+
+
+class Pictures:
+    """The vision part of a model. run: arrays in the order of `facts.shapes` -> features [.., C], and the places of
+    those that were kept, [images, kept] int, where some were left out."""
+
+    def __init__(self, run: Run, facts: ImageFacts) -> None:
+        self._run, self.facts = run, facts
+
+    def written(self, where: str, ids: Sequence[int], images: Mapping[str, Any] | None) -> Written | None:
+        """`ids` with a placeholder for every image, or one for every token of every image, and their features. None
+        without images. Raises ElisionError where images and placeholders do not fit."""
+        facts = self.facts
+        marks = sum(token == facts.placeholder for token in ids)
+        given = {} if images is None else self._arrays(images)
+        count = (
+            0
+            if images is None
+            else next(iter(given.values())).shape[0] // next(iter(facts.shapes.values()))[0]
+        )
+        if marks not in (count, count * facts.rows):
+            raise ElisionError(
+                f"{where} has {marks} image tokens (id {facts.placeholder}) for {count} images: give one for each "
+                f"image, or the {facts.rows} that each becomes"
+            )
+        if not count:
+            return None
+        whole = [
+            token
+            for known in ids
+            for token in [known] * (facts.rows if known == facts.placeholder and marks == count else 1)
+        ]
+        rows, places = self._features(given, count)
+        return self._placed(np.asarray(whole, np.int64), rows, places, count)
+
+    def _placed(self, whole: np.ndarray, rows: np.ndarray, places: np.ndarray, count: int) -> Written:
+        """Each image token's own id; those that were left out go, the others keep their positions."""
+        facts = self.facts
+        image = np.flatnonzero(whole == facts.placeholder)
+        own = np.full(len(image), -1, np.int64)
+        own[places] = facts.first + np.arange(len(places))
+        whole[image] = own
+        kept = np.flatnonzero(whole >= 0)
+        return Written(
+            whole[kept].tolist(), np.arange(len(kept)) if facts.compact else kept, rows, count, facts.first
+        )
+
+    def _arrays(self, images: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        found, counts = {}, set()
+        for name, shape in self.facts.shapes.items():
+            if name not in images:
+                raise ElisionError(
+                    f"images lack {name!r}; the vision part reads {', '.join(self.facts.shapes)}"
+                )
+            item = images[name]
+            array = item.detach().cpu().numpy() if hasattr(item, "detach") else np.asarray(item)
+            array = array.astype(np.float32)
+            if array.ndim != len(shape) or list(array.shape[1:]) != shape[1:] or array.shape[0] % shape[0]:
+                raise ElisionError(
+                    f"{name} {list(array.shape)} is no number of images {shape}, which was compiled for"
+                )
+            counts.add(array.shape[0] // shape[0])
+            found[name] = array
+        if len(counts) != 1 or 0 in counts:
+            raise ElisionError(f"images have {' and '.join(map(str, sorted(counts)))} entries")
+        return found
+
+    def _features(self, given: Mapping[str, np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [R, C] of all images, and the number of each among all their tokens."""
+        facts, rows, places = self.facts, [], []
+        for number in range(count):
+            part = [
+                given[name][number * shape[0] : (number + 1) * shape[0]]
+                for name, shape in facts.shapes.items()
+            ]
+            features, *kept = self._run(part)
+            rows.append(np.asarray(features, np.float32).reshape(-1, facts.width))
+            if kept:
+                each = facts.rows // kept[0].shape[0]
+                own = (kept[0] + each * np.arange(kept[0].shape[0])[:, None]).reshape(-1)
+            else:
+                own = np.arange(facts.rows)
+            places.append(own + number * facts.rows)
+        return np.concatenate(rows), np.concatenate(places)
+
+
+def load_pictures(folder: Path, runtime: str, facts: ImageFacts, threads: int) -> Pictures:
+    """The vision part that was kept with a compiled model. Raises ModelFileError for a damaged one."""
+    if runtime == "onnxruntime":
+        from .lm_onnx import start_session
+
+        session = start_session(folder / f"{VISION}.onnx", threads)
+        names = [item.name for item in session.get_inputs()]
+
+        def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            return session.run(None, dict(zip(names, arrays)))
+
+        return Pictures(run, facts)
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    from .lm_torch_file import load
+
+    module, _ = load(folder / VISION)
+
+    @torch.inference_mode()
+    def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        return [item.numpy() for item in tree_leaves(module(*map(torch.from_numpy, arrays)))]
+
+    return Pictures(compute, facts)
