@@ -18,6 +18,7 @@ import numpy as np
 from .analysis.flow import is_float
 from .analysis.signatures import by_position
 from .analysis.spaces import Analysis, Ends, TokenSpace
+from .cut_maps import WHOLE
 from .errors import Refused
 from .ir.graph import Dim, Op, Value
 from .writer import Writer
@@ -44,20 +45,22 @@ class Carried:
 class Carrier:
     """Carries numbers of the tokens of `space` into other values, inserting what it takes with `write`.
 
-    `numbers(ends, write)` makes those of an interval of the space, [T, N]. `ranked`, where several tokens become one by
-    their channels, gets the numbers of the new rows, [..., 1], and gives others for them."""
+    `space` is a token space, or an input [..., C] whose rows are features that another graph has made. `numbers(ends,
+    write)` makes those of an interval of the space, [T, N], or of the rows of the input. `ranked`, where several tokens
+    become one by their channels, gets the numbers of the new rows, [..., 1], and gives others for them."""
 
     def __init__(
         self,
         write: Writer,
         analysis: Analysis,
-        space: TokenSpace,
+        space: TokenSpace | Value,
         numbers: Callable[[Ends, Writer], Value],
         ranked: Callable[[Value, Writer], Value] | None = None,
     ) -> None:
         self.write = write
         self.analysis = analysis
         self.space = space
+        self.first = space if isinstance(space, Value) else space.blocks[0].attention.output
         self.numbers = numbers
         self.ranked = ranked
         self.shuffled: list[Value] = []  # the numbers right behind each op that made one token of several
@@ -73,8 +76,14 @@ class Carrier:
         found = self._carry(value)
         assert value.shape is not None
         if found is None:
-            raise Refused(f"%{value.name} holds nothing of the {self.space.length} tokens")
+            raise Refused(f"%{value.name} holds nothing of {self._tokens}")
         return self.write.shaped("reshape", self._narrow(found).value, list(value.shape[:-1]))
+
+    @property
+    def _tokens(self) -> str:
+        if isinstance(self.space, Value):
+            return f"the tokens of %{self.space.name}"
+        return f"the {self.space.length} tokens"
 
     # ---- one value -----------------------------------------------------------------------------------
     def _carry(self, value: Value) -> Carried | None:
@@ -85,9 +94,11 @@ class Carrier:
 
     def _carried(self, value: Value) -> Carried | None:
         analysis, op = self.analysis, value.producer
+        if value is self.space:
+            return self._begun((WHOLE, value.rank), value)
         if op is None or not is_float(value) or value.shape is None:
             return None
-        if not analysis.flow.depends(value, self.space.blocks[0].attention.output):
+        if not analysis.flow.depends(value, self.first):
             return None
         start = self._start(value)
         if start is not None:
@@ -97,12 +108,14 @@ class Carrier:
         if self._row_by_row(op):
             return self._passed(op)
         raise Refused(
-            f"{op.target} (%{op.name}) makes %{value.name} of several of the {self.space.length} tokens: which of them "
+            f"{op.target} (%{op.name}) makes %{value.name} of several of {self._tokens}: which of them "
             "a row is cannot be followed"
         )
 
     def _start(self, value: Value) -> Carried | None:
         """The numbers of a value that still has the space's own axis: [T, N, C], or [N, C] without a batch."""
+        if isinstance(self.space, Value):
+            return None
         places = self.analysis.token_axes(self.space, value)
         if len(places) != 1 or not self.analysis.is_content(self.space, value):
             return None
@@ -110,10 +123,12 @@ class Carrier:
         batch = self.analysis.batch_axis(self.space, value)
         if (value.rank, axis) not in ((3, 1), (2, 0)) or (self.space.batch and batch != 0) or batch == axis:
             return None
-        key = (ends, value.rank)
+        return self._begun((ends, value.rank), value)
+
+    def _begun(self, key: tuple[Ends, int], value: Value) -> Carried:
         if key not in self._starts:
             assert value.shape is not None
-            made = self.numbers(ends, self.write)
+            made = self.numbers(key[0], self.write)
             made = self.write.shaped("reshape", made, [*value.shape[:-1], 1])
             self._starts[key] = Carried(made, False, object())
         return self._starts[key]
@@ -141,8 +156,8 @@ class Carrier:
                 found.append(carried)
             elif self.analysis.flow.comes_from(operand):
                 raise Refused(
-                    f"{op.target} (%{op.name}) computes with %{operand.name}, another input, where the "
-                    f"{self.space.length} tokens of %{op.output.name} are on their way"
+                    f"{op.target} (%{op.name}) computes with %{operand.name}, another input, where "
+                    f"{self._tokens} in %{op.output.name} are on their way"
                 )
         if not found or any(one.line is not found[0].line for one in found):
             raise Refused(f"{op.target} (%{op.name}) mixes tokens that came by different ways")

@@ -12,7 +12,7 @@ from .drop_job import Job
 from .drop_policies import Tower, score_of
 from .drop_tiles import tile_counts
 from .errors import Refused
-from .ir.graph import Graph, Op, Value
+from .ir.graph import Dim, Graph, Op, Value
 from .writer import Writer
 
 
@@ -39,7 +39,7 @@ class Chosen:
             graph.set_operand(op, index, self.features)
 
 
-def choose(job: Job, join: Join, tower: Tower, kept: int, pictures: int, *, shuffled: bool) -> Chosen:
+def choose(job: Job, join: Join, tower: Tower, kept: int, pictures: Dim, *, shuffled: bool) -> Chosen:
     """Insert what says which `kept` tokens of each picture stay. `pictures`: in each text; `shuffled`: the tower's
     tokens are ranked later. Raises Refused where the policy does not go with that."""
     options = job.options
