@@ -25,7 +25,7 @@ def drop_at_join(job: Job, join: Join) -> None:
     chosen = choose(job, join, tower, kept, survey.images, shuffled=survey.shuffled)
 
     def ranked(numbers: Value, write: Writer) -> Value:
-        return rank_rows(write, numbers, survey.each, kept)
+        return rank_rows(write, numbers, survey.each, kept, options)
 
     write = Writer.behind(job.graph, [join.value], chosen.write.cursor)
     carrier = Carrier(write, job.analysis, join.source, chosen.part, ranked if survey.shuffled else None)

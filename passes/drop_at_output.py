@@ -8,7 +8,7 @@ from .analysis.spaces import Analysis, TokenSpace
 from .carry import Carrier
 from .drop_choice import choose
 from .drop_job import Job
-from .drop_policies import quotient
+from .drop_policies import best_tokens, quotient
 from .drop_survey import followed, tower_of
 from .errors import Refused
 from .ir.graph import Value, product
@@ -17,7 +17,8 @@ from .writer import Writer
 
 def drop_at_output(job: Job) -> None:
     """Let the output that holds a row for every token hold the kept ones only, [images, kept, C], and put out their
-    places among the tokens of an image, `elision_kept` int32 [images, kept]. Class tokens that it holds stay."""
+    places among the tokens of an image, `elision_kept` int32 [images, kept]. Class tokens that it holds stay. With an
+    adaptive budget also `elision_size` float32 [images, kept], 0 for slots that hold nobody."""
     graph, options = job.graph, job.options
     join = output_join(job.analysis, options.output)
     value, tower = join.value, tower_of(job.analysis, join)
@@ -39,16 +40,21 @@ def drop_at_output(job: Job) -> None:
     write = Writer.behind(graph, [value], chosen.write.cursor)
     found = Carrier(write, job.analysis, join.source, chosen.part).at(value)
     if way.shuffled:
-        found = write("top_tokens", [write.shaped("reshape", found, [pictures, rows])], count=kept)[0]
+        found = best_tokens(write, write.shaped("reshape", found, [pictures, rows]), options, kept)
     images, tokens = quotient(pictures, options.tiles), rows * options.tiles
     flags = write.shaped("reshape", found, [images, tokens])
     gone = each * options.tiles - options.kept_in(each, options.tiles)
-    keep = write("drop_tokens", [flags], count=gone)[1]
+    _, keep, _, size, _ = write("drop_tokens", [flags], count=gone)
     features = write.shaped("reshape", value, [images, tokens, value.shape[-1]])
     fewer = write("select_tokens", [features, keep], axis=1, rank=3, batch_axis=0)[0]
     chosen.put_in(graph)
     graph.replace_output(_place(job.analysis, join.source, options.output), fewer)
     job.put_out(keep)
+    if options.adaptive != "no":
+        graph.add_output(size, "elision_size")
+        job.outcome.notes.append(
+            "elision_size is 0 for slots that hold nobody: the text's mask must hide them"
+        )
     job.outcome.notes.append(f"{kept} of {each} tokens of each of {pictures} pictures are put out")
 
 

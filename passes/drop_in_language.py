@@ -13,7 +13,7 @@ from .analysis.spaces import Analysis, Ends, TokenSpace
 from .base import NewSignature
 from .carry import Carrier
 from .drop_job import Job
-from .drop_policies import last_row_score
+from .drop_policies import best_tokens, last_row_score
 from .drop_survey import look, ones_at
 from .errors import Refused
 from .ir.graph import Dim, Value
@@ -61,7 +61,7 @@ def drop_in_language(job: Job, join: Join | None) -> None:
         return
     score = last_row_score(write, job.analysis, space, before)
     budget = {"count": kept} if counted else {"ratio": options.budget}
-    flags = write("top_tokens", [score, None, images.among], **budget)[0]
+    flags = best_tokens(write, score, options, kept, images.among, **budget)
     job.cut(space, value, flags, write, gone)
     job.outcome.notes.append(
         f"scores are each sample's last token's attention in %{before.name}; from block {layer} on {gone} of "

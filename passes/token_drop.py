@@ -23,6 +23,7 @@ from .drop_at_readers import drop_at_readers
 from .drop_in_language import drop_in_language
 from .drop_job import Job
 from .drop_parts import plan_drop
+from .drop_policies import BY_PLACE
 from .drop_within import drop_within
 from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph
@@ -47,8 +48,10 @@ class DropOptions:
     first the whole of it and the others its tiles in (rows, columns); hired then gives `alpha` of the image's budget to
     the first and shares the rest by the attention of block `budget_layer`. `compat=reference`: hired as its published
     code does it. `contextual`: share of the budget that visionzip merges the rest into. `neighbours`: how many tokens
-    prumerge takes into each kept one. `seed`: of random. `output`: the name of the output that outputs=kept makes
-    shorter, where several hold tokens. `image_tokens`, for fastv in a language model alone: the id of an image's
+    prumerge takes into each kept one. `seed`: of random. `adaptive`: an image
+    keeps up to the budget the fewest tokens that hold the share `mass` of its scores, or as many as are outliers among
+    them (PruMerge's rule); slots that it does not need hold nobody. `output`: the name of the output that outputs=kept
+    makes shorter, where several hold tokens. `image_tokens`, for fastv in a language model alone: the id of an image's
     placeholder, or "mask" for a new input that is 1 at image tokens; `image_count` of them are in each text."""
 
     policy: Policy = "hired"
@@ -65,6 +68,8 @@ class DropOptions:
     contextual: float = 0.15
     neighbours: int = 32
     seed: int = 0
+    adaptive: Literal["no", "mass", "outliers"] = "no"
+    mass: float = 0.9
     output: str = ""
     image_tokens: str = ""
     image_count: int | None = None
@@ -90,6 +95,19 @@ class DropOptions:
             raise PipelineError(f"neighbours must be at least 1, not {self.neighbours}")
         if self.compat == "reference" and self.policy != "hired":
             raise PipelineError(f"compat=reference is known for hired, not for {self.policy}")
+        if not 0 < self.mass <= 1:
+            raise PipelineError(f"mass must be above 0 and up to 1, not {self.mass}")
+        if self.adaptive != "no" and (self.policy in (*BY_PLACE, "visionzip") or self.tiles > 1):
+            what = "tiles, which share a budget out" if self.tiles > 1 else self.policy
+            raise PipelineError(
+                f"adaptive={self.adaptive} needs scores that say how many tokens matter, not {what}"
+            )
+        if self.adaptive != "no" and self.positions == "compact":
+            raise PipelineError(
+                f"adaptive={self.adaptive} leaves empty slots, so positions=compact would count them"
+            )
+        if self.adaptive != "no" and self.compat == "reference":
+            raise PipelineError(f"adaptive={self.adaptive} is none of the published rules of hired")
         if self.image_tokens not in ("", "mask") and not self.image_tokens.isdecimal():
             raise PipelineError(f"image_tokens is an id or mask, not {self.image_tokens}")
         if self.image_tokens and self.policy != "fastv":

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..definition import OpDef
 from . import (
+    adaptive_counts,
     attention,
     attention_rows,
     cached_attention,
@@ -49,6 +50,7 @@ _ALL = (
     pool_tokens.OP,
     attention_rows.OP,
     tile_budgets.OP,
+    adaptive_counts.OP,
     token_budget.TOP,
     token_budget.DROP,
     token_budget.GUARD,
