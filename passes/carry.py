@@ -20,7 +20,7 @@ from .analysis.signatures import by_position
 from .analysis.spaces import Analysis, Ends, TokenSpace
 from .cut_maps import WHOLE
 from .errors import Refused
-from .ir.graph import Dim, Op, Value
+from .ir.graph import Dim, Op, Value, product
 from .writer import Writer
 
 OUTSIDE = -1.0
@@ -103,6 +103,9 @@ class Carrier:
         start = self._start(value)
         if start is not None:
             return start
+        by_rows = self._masked(op, value)
+        if by_rows is not None:
+            return by_rows
         if op.kind in MOVES or (op.kind == "elementwise" and op.attrs.get("fn") == "where"):
             return self._moved(op, value)
         if self._row_by_row(op):
@@ -214,6 +217,28 @@ class Carrier:
         assert carried is not None
         return carried
 
+    def _masked(self, op: Op, value: Value) -> Carried | None:
+        """A masked scatter of whole rows is followed on one number a row: on numbers as wide as the features it would
+        cost as much as the scatter itself. None where `op` is none, or the numbers are wide already."""
+        found = row_scatter(op)
+        if found is None or value.rank != 3 or self._carry(self._operand(op, 0)) is not None:
+            return None
+        where, features = found
+        numbers = self._carry(features)
+        if (
+            numbers is None
+            or numbers.wide
+            or where.rank != 3
+            or where.shape != (*(value.shape or ())[:-1], 1)
+        ):
+            return None
+        self.placed.append((features, numbers, self.outside))
+        shape = list(value.shape or ())[:-1]
+        line = self.write.shaped("reshape", numbers.value, [product(numbers.value.shape or ())])
+        mask = self.write.shaped("reshape", where, shape)
+        made = self.write("place_rows", [mask, line], outside=OUTSIDE)[0]
+        return Carried(self.write.shaped("reshape", made, [*shape, 1]), False, object())
+
     def _places(self, op: Op, found: dict[int, Carried | None]) -> bool:
         """True when the op puts the tokens where an input says, or among the features of another."""
         comes_from = self.analysis.flow.comes_from
@@ -256,3 +281,53 @@ class Carrier:
         if not carried.wide:
             return carried
         return Carried(self.write("mean_channels", [carried.value])[0], False, carried.line)
+
+
+def row_scatter(op: Op) -> tuple[Value, Value] | None:
+    """(mask [B, N, 1], features [..., C]) of a masked scatter that puts the features' rows at the true places; None for
+    any other op. The exporters write it as one op, or as a scatter by the places where the widened mask is true."""
+    if op.kind != "scatter" or len(op.inputs) != 3:
+        return None
+    _, second, third = op.inputs
+    if second is None or third is None:
+        return None
+    mask, rows = second, third
+    if second.dtype != "bool":
+        mask = _tells(second)
+        if mask is None or op.attrs.get("reduction", "none") not in ("none", None):
+            return None
+        if rows.producer is not None and rows.producer.kind == "slice":
+            rows = _unsliced(rows.producer)
+        if rows is None or rows.rank != 1:
+            return None
+    elif not op.target.endswith(("masked_scatter", "masked_scatter.default")):
+        return None
+    narrow = mask.producer
+    if narrow is None or narrow.kind != "expand" or narrow.inputs[0] is None:
+        return None
+    while rows.rank == 1 and rows.producer is not None and rows.producer.kind in ("reshape", "tie"):
+        before = rows.producer.inputs[0]
+        if before is None:
+            return None
+        rows = before
+    width = op.output.shape[-1] if op.output.shape else None
+    if rows.shape is None or rows.rank < 2 or rows.shape[-1] != width:
+        return None
+    return narrow.inputs[0], rows
+
+
+def _tells(indices: Value) -> Value | None:
+    """The mask whose true places `indices` [K, rank] are."""
+    turned = indices.producer
+    if turned is None or turned.kind != "transpose" or turned.inputs[0] is None:
+        return None
+    found = turned.inputs[0].producer
+    if found is None or found.target.split(".")[-1].split("::")[-1] != "NonZero":
+        return None
+    return found.inputs[0]
+
+
+def _unsliced(op: Op) -> Value | None:
+    """What a slice takes the first of."""
+    whole = op.attrs.get("start") in (0, None) and op.attrs.get("step", 1) == 1 and op.attrs["axis"] == 0
+    return op.inputs[0] if whole else None

@@ -367,6 +367,8 @@ def _dropping() -> list[Case]:
         Case("top_tokens", "among", lambda: [scores(), None, torch.randn(2, 9)], {"ratio": 0.5}),
         Case("top_tokens", "shared", lambda: [scores().abs()], {"count": 3, "shared": True}),
         Case("top_tokens", "too many", lambda: [scores()], {"count": 40}),
+        Case("place_rows", "enough", lambda: [torch.rand(2, 5) > 0.4, torch.rand(12)], {}),
+        Case("place_rows", "too few", lambda: [torch.rand(2, 5) > 0.1, torch.rand(2)], {"outside": -3.0}),
         Case("adaptive_counts", "outliers", lambda: [scores()], {"capacity": 5}),
         Case("adaptive_counts", "mass", lambda: [scores()], {"capacity": 5, "mass": 0.8}),
         Case("adaptive_counts", "among", lambda: [scores(), torch.randn(2, 9)], {"capacity": 3}),
