@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .runtime.generate import Generation, Generator
     from .runtime.iree import compile_iree, run_iree
     from .runtime.mlir import export_mlir
+    from .runtime.parts import PartsResult, optimize_parts
+    from .runtime.placeholders import drop_placeholders
     from .runtime.session import session
 
 __version__ = "0.1.0"
@@ -38,6 +40,9 @@ _HOMES: dict[str, tuple[str, str]] = {
     "compile_iree": (".runtime.iree", "compile_iree"),
     "run_iree": (".runtime.iree", "run_iree"),
     "Result": (".runtime.api", "Result"),
+    "optimize_parts": (".runtime.parts", "optimize_parts"),
+    "PartsResult": (".runtime.parts", "PartsResult"),
+    "drop_placeholders": (".runtime.placeholders", "drop_placeholders"),
     "Generator": (".runtime.generate", "Generator"),
     "Generation": (".runtime.generate", "Generation"),
     "DiffusionGenerator": (".runtime.diffusion", "DiffusionGenerator"),
@@ -72,6 +77,7 @@ __all__ = [
     "NoOptions",
     "NothingMatched",
     "Outcome",
+    "PartsResult",
     "Pass",
     "PassContext",
     "PipelineError",
@@ -80,11 +86,13 @@ __all__ = [
     "VerificationError",
     "__version__",
     "compile_iree",
+    "drop_placeholders",
     "export_mlir",
     "export_onnx",
     "format",
     "known_passes",
     "optimize",
+    "optimize_parts",
     "parse",
     "register",
     "run_iree",

@@ -4,7 +4,8 @@ python examples/drop_tokens.py --out DIR
 
 The small trained model of examples/models/shapes-vlm answers questions about held-out pictures, as it is and with the
 pass `token-drop` at several budgets, for every policy. DIR/accuracy.png has the curves, DIR/kept.png a picture with the
-scores as a heat map and the patches that each policy keeps, DIR/accuracy.json the numbers.
+scores as a heat map and the patches that each policy keeps, DIR/budgets.png what is kept of several pictures at each
+budget, DIR/accuracy.json the numbers. `--only-pictures` leaves the questions out.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ POLICIES = {
     "tail": "",
 }
 BUDGETS = (0.5, 0.2, 0.1, 0.05)
+STEPS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
+"""Budgets whose kept patches, counted, say how early a patch stays."""
 ROWS = 50
 """Questions of one call; the graph is made for so many."""
 
@@ -109,19 +112,39 @@ def draw_kept(program: Any, asked: Asked, file: Path, budget: float = 0.2, row: 
     picture = np.clip(call[2][row].numpy().transpose(1, 2, 0) / 2 + 0.5, 0, 1)
     _show(cells[0], picture, "the picture")
     _show(cells[1], picture, "how early patches stay (hired)")
-    side = SIZE // PATCH
-    order = np.zeros(PATCHES)
-    for share in (0.05, 0.1, 0.2, 0.35, 0.5, 0.75):
-        order += _kept(program, "hired", share, call, row)
-    heat = np.kron(order.reshape(side, side), np.ones((PATCH, PATCH)))
-    cells[1].imshow(heat, cmap="inferno", alpha=0.6)
+    order = sum(_kept(program, "hired", share, call)[row] for share in STEPS)
+    cells[1].imshow(_over(order), cmap="inferno", alpha=0.6)
     for cell, policy in zip(cells[2:], panels):
-        kept = _kept(program, policy, budget, call, row).reshape(side, side)
-        shade = np.kron(kept, np.ones((PATCH, PATCH)))[..., None]
-        _show(cell, picture * (0.2 + 0.8 * shade), f"{policy}, {budget:.0%}")
+        kept = _over(_kept(program, policy, budget, call)[row])[..., None]
+        _show(cell, picture * (0.2 + 0.8 * kept), f"{policy}, {budget:.0%}")
     figure.suptitle(decode(call[0][row].numpy()))
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+@torch.no_grad()
+def draw_budgets(program: Any, asked: Asked, file: Path, policy: str = "hired") -> None:
+    """Pictures in rows: how early the patches of each stay, as a heat map, then what each budget keeps of it."""
+    call = asked.calls[0]
+    rows = [row for row in range(ROWS) if row == 0 or (call[2][row] != call[2][row - 1]).any()][:4]
+    order = sum(_kept(program, policy, share, call) for share in STEPS)
+    kept = {budget: _kept(program, policy, budget, call) for budget in BUDGETS}
+    figure, axes = plt.subplots(len(rows), 1 + len(kept), figsize=(10, 8.6), layout="constrained")
+    for line, row in zip(axes, rows):
+        picture = np.clip(call[2][row].numpy().transpose(1, 2, 0) / 2 + 0.5, 0, 1)
+        _show(line[0], picture, "how early patches stay" if row == rows[0] else "")
+        line[0].imshow(_over(order[row]), cmap="inferno", alpha=0.6)
+        for cell, (budget, flags) in zip(line[1:], kept.items()):
+            title = f"{budget:.0%} of {PATCHES} tokens" if row == rows[0] else ""
+            _show(cell, picture * (0.2 + 0.8 * _over(flags[row])[..., None]), title)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _over(patches: Any) -> np.ndarray:
+    """A number for each patch as one for each pixel."""
+    side = SIZE // PATCH
+    return np.kron(np.asarray(patches).reshape(side, side), np.ones((PATCH, PATCH)))
 
 
 def _show(axes: Axes, picture: np.ndarray, title: str) -> None:
@@ -130,27 +153,32 @@ def _show(axes: Axes, picture: np.ndarray, title: str) -> None:
     axes.axis("off")
 
 
-def _kept(program: Any, policy: str, budget: float, call: tuple[Tensor, ...], row: int) -> np.ndarray:
-    """1 for each patch of a row's picture that is kept, else 0: from the pass's token map."""
+def _kept(program: Any, policy: str, budget: float, call: tuple[Tensor, ...]) -> np.ndarray:
+    """1 for each patch of each row's picture that is kept, else 0 [ROWS, PATCHES]: from the pass's token map."""
     made = elision.optimize(program, passes(policy, budget), call, force=True, verify=False, token_map=True)
-    slots = made.module(*call)[-1][row].numpy()
-    return (slots[FIRST_IMAGE : FIRST_IMAGE + PATCHES] >= 0).astype(float)
+    slots = made.module(*call)[-1].numpy()
+    return (slots[:, FIRST_IMAGE : FIRST_IMAGE + PATCHES] >= 0).astype(float)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("drop"), help="where pictures and numbers go")
     parser.add_argument("--pictures", type=int, default=200, help="held-out pictures, five questions each")
+    parser.add_argument("--only-pictures", action="store_true", help="do not ask the questions")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     asked = Asked(given.pictures)
     model = load().requires_grad_(False)
     program = torch.export.export(model, asked.calls[0], strict=False)
+    draw_kept(program, asked, given.out / "kept.png")
+    draw_budgets(program, asked, given.out / "budgets.png")
+    print(f"written: {given.out / 'kept.png'}, {given.out / 'budgets.png'}")
+    if given.only_pictures:
+        return
     told = curves(program, asked)
     (given.out / "accuracy.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     draw_curves(told, given.out / "accuracy.png")
-    draw_kept(program, asked, given.out / "kept.png")
-    print(f"written: {given.out / 'accuracy.png'}, {given.out / 'kept.png'}, {given.out / 'accuracy.json'}")
+    print(f"written: {given.out / 'accuracy.png'}, {given.out / 'accuracy.json'}")
 
 
 if __name__ == "__main__":

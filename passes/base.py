@@ -10,7 +10,7 @@ import abc
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from .errors import PipelineError
 from .ir.graph import Graph
 from .lowering import Table
 from .options import format_value, make_options
+
+if TYPE_CHECKING:
+    from .parts import Parts, PartsPlan
 
 # Modules of this package whose import registers passes; read on the first look-up so that
 # `import elision.passes` stays light. A new pass is one row.
@@ -136,6 +139,10 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Edit `graph` in place. Raises Refused or NothingMatched with a sentence that says why."""
+
+    def for_parts(self, parts: Parts) -> PartsPlan | None:
+        """What runs on which part of a model that comes in parts; None: this pass, on every part that it fits."""
+        return None
 
     def key(self) -> str:
         """The pass and all its options, defaults too: equal keys do the same to the same graph."""

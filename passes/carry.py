@@ -18,8 +18,9 @@ import numpy as np
 from .analysis.flow import is_float
 from .analysis.signatures import by_position
 from .analysis.spaces import Analysis, Ends, TokenSpace
+from .cut_maps import WHOLE
 from .errors import Refused
-from .ir.graph import Dim, Op, Value
+from .ir.graph import Dim, Op, Value, product
 from .writer import Writer
 
 OUTSIDE = -1.0
@@ -44,20 +45,22 @@ class Carried:
 class Carrier:
     """Carries numbers of the tokens of `space` into other values, inserting what it takes with `write`.
 
-    `numbers(ends, write)` makes those of an interval of the space, [T, N]. `ranked`, where several tokens become one by
-    their channels, gets the numbers of the new rows, [..., 1], and gives others for them."""
+    `space` is a token space, or an input [..., C] whose rows are features that another graph has made. `numbers(ends,
+    write)` makes those of an interval of the space, [T, N], or of the rows of the input. `ranked`, where several tokens
+    become one by their channels, gets the numbers of the new rows, [..., 1], and gives others for them."""
 
     def __init__(
         self,
         write: Writer,
         analysis: Analysis,
-        space: TokenSpace,
+        space: TokenSpace | Value,
         numbers: Callable[[Ends, Writer], Value],
         ranked: Callable[[Value, Writer], Value] | None = None,
     ) -> None:
         self.write = write
         self.analysis = analysis
         self.space = space
+        self.first = space if isinstance(space, Value) else space.blocks[0].attention.output
         self.numbers = numbers
         self.ranked = ranked
         self.shuffled: list[Value] = []  # the numbers right behind each op that made one token of several
@@ -73,8 +76,14 @@ class Carrier:
         found = self._carry(value)
         assert value.shape is not None
         if found is None:
-            raise Refused(f"%{value.name} holds nothing of the {self.space.length} tokens")
+            raise Refused(f"%{value.name} holds nothing of {self._tokens}")
         return self.write.shaped("reshape", self._narrow(found).value, list(value.shape[:-1]))
+
+    @property
+    def _tokens(self) -> str:
+        if isinstance(self.space, Value):
+            return f"the tokens of %{self.space.name}"
+        return f"the {self.space.length} tokens"
 
     # ---- one value -----------------------------------------------------------------------------------
     def _carry(self, value: Value) -> Carried | None:
@@ -85,24 +94,31 @@ class Carrier:
 
     def _carried(self, value: Value) -> Carried | None:
         analysis, op = self.analysis, value.producer
+        if value is self.space:
+            return self._begun((WHOLE, value.rank), value)
         if op is None or not is_float(value) or value.shape is None:
             return None
-        if not analysis.flow.depends(value, self.space.blocks[0].attention.output):
+        if not analysis.flow.depends(value, self.first):
             return None
         start = self._start(value)
         if start is not None:
             return start
+        by_rows = self._masked(op, value)
+        if by_rows is not None:
+            return by_rows
         if op.kind in MOVES or (op.kind == "elementwise" and op.attrs.get("fn") == "where"):
             return self._moved(op, value)
         if self._row_by_row(op):
             return self._passed(op)
         raise Refused(
-            f"{op.target} (%{op.name}) makes %{value.name} of several of the {self.space.length} tokens: which of them "
+            f"{op.target} (%{op.name}) makes %{value.name} of several of {self._tokens}: which of them "
             "a row is cannot be followed"
         )
 
     def _start(self, value: Value) -> Carried | None:
         """The numbers of a value that still has the space's own axis: [T, N, C], or [N, C] without a batch."""
+        if isinstance(self.space, Value):
+            return None
         places = self.analysis.token_axes(self.space, value)
         if len(places) != 1 or not self.analysis.is_content(self.space, value):
             return None
@@ -110,10 +126,12 @@ class Carrier:
         batch = self.analysis.batch_axis(self.space, value)
         if (value.rank, axis) not in ((3, 1), (2, 0)) or (self.space.batch and batch != 0) or batch == axis:
             return None
-        key = (ends, value.rank)
+        return self._begun((ends, value.rank), value)
+
+    def _begun(self, key: tuple[Ends, int], value: Value) -> Carried:
         if key not in self._starts:
             assert value.shape is not None
-            made = self.numbers(ends, self.write)
+            made = self.numbers(key[0], self.write)
             made = self.write.shaped("reshape", made, [*value.shape[:-1], 1])
             self._starts[key] = Carried(made, False, object())
         return self._starts[key]
@@ -141,8 +159,8 @@ class Carrier:
                 found.append(carried)
             elif self.analysis.flow.comes_from(operand):
                 raise Refused(
-                    f"{op.target} (%{op.name}) computes with %{operand.name}, another input, where the "
-                    f"{self.space.length} tokens of %{op.output.name} are on their way"
+                    f"{op.target} (%{op.name}) computes with %{operand.name}, another input, where "
+                    f"{self._tokens} in %{op.output.name} are on their way"
                 )
         if not found or any(one.line is not found[0].line for one in found):
             raise Refused(f"{op.target} (%{op.name}) mixes tokens that came by different ways")
@@ -199,6 +217,28 @@ class Carrier:
         assert carried is not None
         return carried
 
+    def _masked(self, op: Op, value: Value) -> Carried | None:
+        """A masked scatter of whole rows is followed on one number a row: on numbers as wide as the features it would
+        cost as much as the scatter itself. None where `op` is none, or the numbers are wide already."""
+        found = row_scatter(op)
+        if found is None or value.rank != 3 or self._carry(self._operand(op, 0)) is not None:
+            return None
+        where, features = found
+        numbers = self._carry(features)
+        if (
+            numbers is None
+            or numbers.wide
+            or where.rank != 3
+            or where.shape != (*(value.shape or ())[:-1], 1)
+        ):
+            return None
+        self.placed.append((features, numbers, self.outside))
+        shape = list(value.shape or ())[:-1]
+        line = self.write.shaped("reshape", numbers.value, [product(numbers.value.shape or ())])
+        mask = self.write.shaped("reshape", where, shape)
+        made = self.write("place_rows", [mask, line], outside=OUTSIDE)[0]
+        return Carried(self.write.shaped("reshape", made, [*shape, 1]), False, object())
+
     def _places(self, op: Op, found: dict[int, Carried | None]) -> bool:
         """True when the op puts the tokens where an input says, or among the features of another."""
         comes_from = self.analysis.flow.comes_from
@@ -241,3 +281,53 @@ class Carrier:
         if not carried.wide:
             return carried
         return Carried(self.write("mean_channels", [carried.value])[0], False, carried.line)
+
+
+def row_scatter(op: Op) -> tuple[Value, Value] | None:
+    """(mask [B, N, 1], features [..., C]) of a masked scatter that puts the features' rows at the true places; None for
+    any other op. The exporters write it as one op, or as a scatter by the places where the widened mask is true."""
+    if op.kind != "scatter" or len(op.inputs) != 3:
+        return None
+    _, second, third = op.inputs
+    if second is None or third is None:
+        return None
+    mask, rows = second, third
+    if second.dtype != "bool":
+        mask = _tells(second)
+        if mask is None or op.attrs.get("reduction", "none") not in ("none", None):
+            return None
+        if rows.producer is not None and rows.producer.kind == "slice":
+            rows = _unsliced(rows.producer)
+        if rows is None or rows.rank != 1:
+            return None
+    elif not op.target.endswith(("masked_scatter", "masked_scatter.default")):
+        return None
+    narrow = mask.producer
+    if narrow is None or narrow.kind != "expand" or narrow.inputs[0] is None:
+        return None
+    while rows.rank == 1 and rows.producer is not None and rows.producer.kind in ("reshape", "tie"):
+        before = rows.producer.inputs[0]
+        if before is None:
+            return None
+        rows = before
+    width = op.output.shape[-1] if op.output.shape else None
+    if rows.shape is None or rows.rank < 2 or rows.shape[-1] != width:
+        return None
+    return narrow.inputs[0], rows
+
+
+def _tells(indices: Value) -> Value | None:
+    """The mask whose true places `indices` [K, rank] are."""
+    turned = indices.producer
+    if turned is None or turned.kind != "transpose" or turned.inputs[0] is None:
+        return None
+    found = turned.inputs[0].producer
+    if found is None or found.target.split(".")[-1].split("::")[-1] != "NonZero":
+        return None
+    return found.inputs[0]
+
+
+def _unsliced(op: Op) -> Value | None:
+    """What a slice takes the first of."""
+    whole = op.attrs.get("start") in (0, None) and op.attrs.get("step", 1) == 1 and op.attrs["axis"] == 0
+    return op.inputs[0] if whole else None

@@ -66,6 +66,7 @@ class Crossing:
         self.levels = [Level(0, None, space.length)]
         self.at: dict[Value, Level] = {}
         self._variants: dict[tuple[Value, int, Layout], Value] = {}
+        self._firsts: dict[tuple[object, ...], Value] = {}
         self.statistics: dict[str, int] = {}
         self.cursor: Op | None = None  # what is inserted goes right after it
 
@@ -183,8 +184,9 @@ class Crossing:
                 f"{op.target} (%{op.name}) reads %{value.name}, features of the tokens that have no batch axis"
             )
         chain = level.chain()
+        first = self._first(value) if mine is self.ground and stands is value else value
         for step in chain[chain.index(mine) + 1 :] if mine in chain else chain:
-            key = (value, step.number, layout)
+            key = (first, step.number, layout)
             if key not in self._variants:
                 crossed = self._merged if features and not step.drops else self._selected
                 if self.renumber and not features and not mask and len(axes) == 1 and is_float(value):
@@ -197,6 +199,21 @@ class Crossing:
                 self._variants[key] = crossed(stands, axes, step, value.rank, layout)
             stands = self._variants[key]
         return stands
+
+    def _first(self, value: Value) -> Value:
+        """The first value that was asked for and chooses by the same condition between the same values: an exporter
+        writes the mask out in each layer, and taking its rows once is enough."""
+        op = value.producer
+        if op is None or op.kind != "elementwise" or op.attrs.get("fn") != "where" or len(op.inputs) != 3:
+            return value
+        parts: list[object] = [value.dtype, value.shape]
+        for operand in op.inputs:
+            number = None if operand is None or not self.graph.is_constant(operand) else operand.shape
+            array = (
+                self.graph.constant_value(operand) if operand is not None and number in ((), (1,)) else None
+            )
+            parts.append(operand if array is None else (str(array.dtype), array.tobytes()))
+        return self._firsts.setdefault(tuple(parts), value)
 
     def _merged(
         self, x: Value, axes: list[tuple[int, Ends]], step: Level, own_rank: int, layout: Layout

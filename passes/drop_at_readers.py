@@ -7,7 +7,7 @@ from .carry import Carrier
 from .drop_choice import Chosen
 from .drop_features import MERGING
 from .drop_job import Job
-from .drop_policies import attention_attrs, score_of
+from .drop_policies import attention_attrs, best_tokens, score_of
 from .drop_survey import tower_of
 from .errors import Refused
 from .ir.graph import Graph, Op, Value
@@ -37,7 +37,7 @@ def drop_at_readers(job: Job, join: Join) -> None:
     carrier = Carrier(write, job.analysis, join.source, Chosen(write, score).part)
     found = carrier.at(keys)  # [B, heads, M], the same for all heads
     each = write("slice_tokens", [found], axis=1, start=0, end=1, keepdim=False)[0]
-    flags = write("top_tokens", [each], count=kept)[0]
+    flags = best_tokens(write, each, options, kept)
     mask, valid = readers[0].operand(3), None
     if mask is not None and _over_keys(mask, count):
         write.cursor = job.graph.hoist(mask, write.cursor)

@@ -9,10 +9,10 @@ from .analysis.spaces import Ends
 from .cut_maps import WHOLE
 from .drop_features import MERGING, dominant, last_stream, merged
 from .drop_job import Job
-from .drop_policies import Tower, score_of
+from .drop_policies import Tower, best_tokens, score_of
 from .drop_tiles import tile_counts
 from .errors import Refused
-from .ir.graph import Graph, Op, Value
+from .ir.graph import Dim, Graph, Op, Value
 from .writer import Writer
 
 
@@ -39,7 +39,7 @@ class Chosen:
             graph.set_operand(op, index, self.features)
 
 
-def choose(job: Job, join: Join, tower: Tower, kept: int, pictures: int, *, shuffled: bool) -> Chosen:
+def choose(job: Job, join: Join, tower: Tower, kept: int, pictures: Dim, *, shuffled: bool) -> Chosen:
     """Insert what says which `kept` tokens of each picture stay. `pictures`: in each text; `shuffled`: the tower's
     tokens are ranked later. Raises Refused where the policy does not go with that."""
     options = job.options
@@ -57,9 +57,13 @@ def choose(job: Job, join: Join, tower: Tower, kept: int, pictures: int, *, shuf
     if shuffled:
         return Chosen(write, score)
     counts = tile_counts(write, tower, options, pictures)
-    budget = {"count": dominant(options, kept)} if counts is None else {}
-    shared = options.compat == "reference" and options.tiles == 1
-    flags = write("top_tokens", [score, counts, tower.among(write)], shared=shared, **budget)[0]
+    among = tower.among(write)
+    if counts is None and options.adaptive != "no":
+        flags = best_tokens(write, score, options, kept, among)
+    else:
+        budget = {"count": dominant(options, kept)} if counts is None else {}
+        shared = options.compat == "reference" and options.tiles == 1
+        flags = write("top_tokens", [score, counts, among], shared=shared, **budget)[0]
     if stream is None:
         return Chosen(write, flags)
     readers = tuple(stream.users)

@@ -94,11 +94,23 @@ def quotient(a: Dim, b: Dim) -> Dim:
     return int(found) if found.is_Integer else found
 
 
-def rank_rows(write: Writer, numbers: Value, each: int, kept: int) -> Value:
+def rank_rows(write: Writer, numbers: Value, each: int, kept: int, options: DropOptions) -> Value:
     """Flags of the best `kept` of every `each` rows, in the shape of `numbers` [..., 1]."""
     assert numbers.shape is not None
     flat = write.shaped("reshape", numbers, [quotient(product(numbers.shape), each), each])
-    return write.shaped("reshape", write("top_tokens", [flat], count=kept)[0], list(numbers.shape))
+    return write.shaped("reshape", best_tokens(write, flat, options, kept), list(numbers.shape))
+
+
+def best_tokens(
+    write: Writer, score: Value, options: DropOptions, kept: int, among: Value | None = None, **budget: Any
+) -> Value:
+    """Flags of the best `kept` tokens of every row of `score` [G, P], or of fewer where an adaptive budget says so.
+    `budget`: another way to say how many, for one that is none."""
+    if options.adaptive == "no":
+        return write("top_tokens", [score, None, among], **(budget or {"count": kept}))[0]
+    mass = {"mass": options.mass} if options.adaptive == "mass" else {}
+    counts = write("adaptive_counts", [score, among], capacity=kept, **mass)[0]
+    return write("top_tokens", [score, counts, among])[0]
 
 
 def attention_score(write: Writer, tower: Tower, layer: int, heads: str) -> tuple[Value, str]:

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 from .drop_policies import Tower, attention_score
 from .errors import Refused
-from .ir.graph import Value
+from .ir.graph import Dim, Value
 from .writer import Writer
 
 if TYPE_CHECKING:
     from .token_drop import DropOptions
 
 
-def tile_counts(write: Writer, tower: Tower, options: DropOptions, pictures: int) -> Value | None:
+def tile_counts(write: Writer, tower: Tower, options: DropOptions, pictures: Dim) -> Value | None:
     """How many tokens each picture keeps, [T] int32; None where pictures are images of their own. `pictures`: in each
     text."""
     if options.tiles == 1:
         return None
-    if pictures % options.tiles:
+    if not isinstance(pictures, int) or pictures % options.tiles:
         raise Refused(
             f"each text has {pictures} pictures, which are no images of {options.tiles} pictures each"
         )

@@ -7,7 +7,7 @@ from .analysis.masks import causal_because
 from .analysis.spaces import TokenSpace
 from .drop_features import MERGING
 from .drop_job import Job
-from .drop_policies import BY_PLACE, FROM_ATTENTION, Tower, score_of
+from .drop_policies import BY_PLACE, FROM_ATTENTION, Tower, best_tokens, score_of
 from .errors import Refused
 from .writer import Writer
 
@@ -42,6 +42,6 @@ def drop_within(job: Job, space: TokenSpace) -> None:
         return
     write = Writer(job.graph, value.producer)
     score, how = score_of(write, tower, options, kept, layer=layer - 1)
-    flags = write("top_tokens", [score, None, tower.among(write)], count=kept)[0]
+    flags = best_tokens(write, score, options, kept, tower.among(write))
     job.cut(space, value, flags, write, tower.candidates - kept)
     job.outcome.notes += [how, f"from block {layer} on {kept} of {tower.candidates} tokens are left"]

@@ -8,10 +8,11 @@ from typing import Any
 class ElisionError(Exception):
     """Base of every error that a user of Elision can cause (bad file, bad option, unsafe graph).
 
-    When a pass failed, the pass manager sets `reproducer` (plain data, see `manager.reproducer`) and `graph`
-    (what that pass was given).
+    When a pass failed, the pass manager sets `failed` (the pass), `reproducer` (plain data, see
+    `manager.reproducer`) and `graph` (what that pass was given).
     """
 
+    failed: Any = None
     reproducer: dict[str, Any] | None = None
     graph: Any = None
 

@@ -19,8 +19,8 @@ from .analysis.residual import lookups, token_ids
 from .analysis.spaces import Analysis, analyse
 from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
 from .errors import ElisionError, NothingMatched, Refused
+from .extract import behind, part_that_makes
 from .ir.graph import Dim, Graph, Op, Value, static
-from .parts import behind, part_that_makes
 from .writer import Writer
 
 ROWS = "image_rows"

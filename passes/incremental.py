@@ -18,13 +18,13 @@ import sympy
 
 from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
 from .errors import NothingMatched, PipelineError, Refused, VerificationError
+from .extract import part_that_makes
 from .incremental_binding import SEQUENCE, Bindings
 from .incremental_build import ROWS_IN, Builder
 from .incremental_pairs import read_rule
 from .incremental_plan import LastRows, Plan, drop_last_rows
 from .incremental_tables import Text, evaluate
 from .ir.graph import Graph, Value, static
-from .parts import part_that_makes
 
 
 @dataclass(frozen=True)

@@ -406,7 +406,7 @@ def _explained(
         result = error
     else:
         result = PassFailed(f"pass {single.name} failed: {type(error).__name__}: {_one_line(error)}")
-    result.graph = graph
+    result.failed, result.graph = single, graph
     result.reproducer = reproducer(passes, index, context, error, graph.host)
     return result
 

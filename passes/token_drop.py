@@ -17,13 +17,17 @@ from ..kernels.lengths import floor_of
 from .analysis.joins import Join, find_joins, written_join
 from .analysis.spaces import Analysis, TokenSpace, analyse
 from .base import Outcome, Pass, PassContext, register
-from .drop_at_join import drop_at_join, drop_in_language
+from .drop_at_join import drop_at_join
 from .drop_at_output import drop_at_output
 from .drop_at_readers import drop_at_readers
+from .drop_in_language import drop_in_language
 from .drop_job import Job
+from .drop_parts import plan_drop
+from .drop_policies import BY_PLACE
 from .drop_within import drop_within
 from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph
+from .parts import Parts, PartsPlan
 from .scattered_add import additions, spell_out
 from .unfold import folds, unfold
 
@@ -40,11 +44,15 @@ class DropOptions:
     are dropped (the middle one). `heads`: sum or mean over the heads. `positions`: kept tokens have the positions they
     had ("keep") or count from 0 ("compact"). `outputs`: per-token outputs have a row for every token, zeros where it
     was dropped ("restore"), or for the kept ones only ("kept"); in a graph without a text that is where tokens are
-    dropped then, if no layer is given. `tiles` and `grid`: so many pictures are one image, the
+    dropped then, if no layer is given, or an output. `tiles` and `grid`: so many pictures are one image, the
     first the whole of it and the others its tiles in (rows, columns); hired then gives `alpha` of the image's budget to
     the first and shares the rest by the attention of block `budget_layer`. `compat=reference`: hired as its published
     code does it. `contextual`: share of the budget that visionzip merges the rest into. `neighbours`: how many tokens
-    prumerge takes into each kept one. `seed`: of random."""
+    prumerge takes into each kept one. `seed`: of random. `adaptive`: an image
+    keeps up to the budget the fewest tokens that hold the share `mass` of its scores, or as many as are outliers among
+    them (PruMerge's rule); slots that it does not need hold nobody. `output`: the name of the output that outputs=kept
+    makes shorter, where several hold tokens. `image_tokens`, for fastv in a language model alone: the id of an image's
+    placeholder, or "mask" for a new input that is 1 at image tokens; `image_count` of them are in each text."""
 
     policy: Policy = "hired"
     budget: float = 0.2
@@ -60,6 +68,11 @@ class DropOptions:
     contextual: float = 0.15
     neighbours: int = 32
     seed: int = 0
+    adaptive: Literal["no", "mass", "outliers"] = "no"
+    mass: float = 0.9
+    output: str = ""
+    image_tokens: str = ""
+    image_count: int | None = None
 
     def __post_init__(self) -> None:
         whole = math.isfinite(self.budget) and self.budget == int(self.budget)
@@ -82,6 +95,25 @@ class DropOptions:
             raise PipelineError(f"neighbours must be at least 1, not {self.neighbours}")
         if self.compat == "reference" and self.policy != "hired":
             raise PipelineError(f"compat=reference is known for hired, not for {self.policy}")
+        if not 0 < self.mass <= 1:
+            raise PipelineError(f"mass must be above 0 and up to 1, not {self.mass}")
+        if self.adaptive != "no" and (self.policy in (*BY_PLACE, "visionzip") or self.tiles > 1):
+            what = "tiles, which share a budget out" if self.tiles > 1 else self.policy
+            raise PipelineError(
+                f"adaptive={self.adaptive} needs scores that say how many tokens matter, not {what}"
+            )
+        if self.adaptive != "no" and self.positions == "compact":
+            raise PipelineError(
+                f"adaptive={self.adaptive} leaves empty slots, so positions=compact would count them"
+            )
+        if self.adaptive != "no" and self.compat == "reference":
+            raise PipelineError(f"adaptive={self.adaptive} is none of the published rules of hired")
+        if self.image_tokens not in ("", "mask") and not self.image_tokens.isdecimal():
+            raise PipelineError(f"image_tokens is an id or mask, not {self.image_tokens}")
+        if self.image_tokens and self.policy != "fastv":
+            raise PipelineError(f"image_tokens is for fastv in a language model alone, not for {self.policy}")
+        if self.image_count is not None and self.image_count < 1:
+            raise PipelineError(f"image_count must be at least 1, not {self.image_count}")
         if self.tiles > 1 and self.policy != "hired":
             raise PipelineError(
                 f"tiles share the budget of an image out under hired, not under {self.policy}"
@@ -145,19 +177,22 @@ class TokenDrop(Pass):
             outcome.statistics["additions spelled out"] = added
         job, join = Job(graph, analysis, options, context, outcome), the_join(analysis)
         if options.policy == "fastv":
-            if join is None or join.crossing is not None:
+            if join is not None and join.crossing is not None:
                 raise Refused("policy=fastv needs the features of an image among the tokens of a text")
             drop_in_language(job, join)
         elif join is not None and join.crossing is not None:
             drop_at_readers(job, join)
         elif join is not None:
             drop_at_join(job, join)
-        elif options.outputs == "kept" and options.layer is None:
+        elif options.outputs == "kept" and (options.layer is None or options.output):
             drop_at_output(job)
         else:
             drop_within(job, _only(spaces))
         outcome.statistics["removed dead ops"] = graph.remove_dead()
         return outcome
+
+    def for_parts(self, parts: Parts) -> PartsPlan:
+        return plan_drop(self, parts)
 
     @classmethod
     def applicability(cls, analysis: Analysis) -> list[str]:

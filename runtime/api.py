@@ -6,10 +6,10 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ..passes.base import Pass, PassContext
 from ..passes.errors import ElisionError
@@ -19,6 +19,9 @@ from .files import check_target, write_atomically
 from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
 from .runners import Runner, fx_runner, onnx_runner
 from .table import table_for
+
+if TYPE_CHECKING:
+    from .parts import PartsResult
 
 NOISY = ("torch.onnx", "torch.export", "torch._subclasses.fake_tensor", "onnxscript", "onnx_ir")
 """Loggers that tell at length what we tell in one line."""
@@ -105,6 +108,20 @@ class Result:
         return write_atomically(file, lambda temporary: torch.export.save(program, temporary))
 
 
+@overload
+def optimize(
+    target: Mapping[str, Any],
+    passes: Passes = "",
+    example_inputs: Any = None,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    dynamic_shapes: Any = None,
+    notify: Notify | None = None,
+) -> PartsResult: ...
+
+
+@overload
 def optimize(
     target: Any,
     passes: Passes = "",
@@ -116,10 +133,25 @@ def optimize(
     token_map: bool = False,
     samples: Sequence[Any] | None = None,
     notify: Notify | None = None,
-) -> Result:
+) -> Result: ...
+
+
+def optimize(
+    target: Any,
+    passes: Passes = "",
+    example_inputs: Any = None,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    dynamic_shapes: Any = None,
+    token_map: bool = False,
+    samples: Sequence[Any] | None = None,
+    notify: Notify | None = None,
+) -> Result | PartsResult:
     """Run `passes` over a model and return the result; the model itself stays as it was.
 
-    target: an nn.Module, GraphModule or ExportedProgram, the path of an ONNX file, or an onnx.ModelProto.
+    target: an nn.Module, GraphModule or ExportedProgram, the path of an ONNX file, or an onnx.ModelProto; or
+        a dict of these, for a model that comes in parts (see `optimize_parts`).
     passes: a pipeline text ("token-merge{r=16}"), a pass, or a list of passes.
     example_inputs: a tuple or list (positions), a dict (names), or one tensor. Modules need them; ONNX
         models use them for the numeric check and make some up where their inputs' shapes allow.
@@ -132,6 +164,13 @@ def optimize(
     do, PipelineError, ModelFileError, VerificationError for the rest. An error from a pass carries
     `reproducer`, plain data that `elision.runtime.reproduce.write` makes a file of.
     """
+    if isinstance(target, Mapping):
+        from .parts import optimize_parts
+
+        if token_map or samples:
+            raise ElisionError("a model in parts is optimised without token_map and samples")
+        both = {"dynamic_shapes": dynamic_shapes, "notify": notify}
+        return optimize_parts(target, passes, example_inputs, force=force, verify=verify, **both)
     tell = notify or (lambda _step: None)
     given = parse(passes)
     tell("reading the model")

@@ -70,9 +70,16 @@ def explain(model: Model, json: Json = False) -> None:
 
 @app.command()
 def optimize(
-    model: Model,
+    model: Annotated[Path | None, typer.Argument(metavar="[FILE.onnx]", help="An ONNX file.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT.onnx", help="The file to write.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="OUT.onnx", help="The file to write; of parts, the folder for them."
+        ),
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option("--part", metavar="NAME=FILE.onnx", help="One part of a model in parts; repeat it."),
     ] = None,
     passes: Pipeline = "",
     inputs: Inputs = None,
@@ -98,6 +105,15 @@ def optimize(
     from .commands import result_json, show_report
     from .files import check_target, write_text
 
+    if part:
+        from .parts_command import optimize_files
+
+        if model is not None or token_map or report is not None or reproducer is not None:
+            raise ElisionError("with --part there is no other file, no --token-map, --report or --reproducer")
+        optimize_files(part, None if dry_run else output, passes, inputs, force, verify, dry_run, json)
+        return
+    if model is None:
+        raise ElisionError("say which file, or which parts (--part NAME=FILE.onnx)")
     if output is None and not dry_run:
         raise ElisionError(
             "say where to write the result (-o OUT.onnx), or that nothing is written (--dry-run)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,52 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     finally:
         temporary.unlink(missing_ok=True)
     return file
+
+
+def write_together(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary folder inside `folder`, then move all files of it to `folder`, or none: those that
+    were there come back when a move fails. `folder` is made where only it is missing. Raises ElisionError."""
+    place = Path(folder)
+    made = not place.exists()
+    try:
+        if made:
+            place.mkdir()
+        if not place.is_dir():
+            raise ElisionError(f"{place}: a file, not a folder")
+        workplace = Path(tempfile.mkdtemp(prefix=".elision-", dir=place))
+    except (OSError, ValueError) as error:
+        raise ElisionError(f"{place}: cannot be written to ({_reason(error)})") from None
+    done = False
+    try:
+        new, old = workplace / "new", workplace / "old"
+        new.mkdir()
+        old.mkdir()
+        write(new)
+        _move_all(new, old, place)
+        done = True
+    except OSError as error:
+        raise ElisionError(f"{place}: cannot be written to ({_reason(error)})") from None
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+        if made and not done:
+            shutil.rmtree(place, ignore_errors=True)
+    return place
+
+
+def _move_all(new: Path, old: Path, place: Path) -> None:
+    moved: list[str] = []
+    try:
+        for file in sorted(new.iterdir()):
+            if (place / file.name).exists():
+                os.replace(place / file.name, old / file.name)
+            moved.append(file.name)
+            os.replace(file, place / file.name)
+    except OSError:
+        for name in moved:
+            (place / name).unlink(missing_ok=True)
+            if (old / name).exists():
+                os.replace(old / name, place / name)
+        raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

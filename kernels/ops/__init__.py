@@ -7,6 +7,7 @@ from typing import Any
 
 from ..definition import OpDef
 from . import (
+    adaptive_counts,
     attention,
     attention_rows,
     cached_attention,
@@ -25,6 +26,7 @@ from . import (
     mean_heads,
     merge_tokens,
     overlay_rows,
+    place_rows,
     pool_tokens,
     ranges,
     rms_norm,
@@ -50,6 +52,8 @@ _ALL = (
     pool_tokens.OP,
     attention_rows.OP,
     tile_budgets.OP,
+    adaptive_counts.OP,
+    place_rows.OP,
     token_budget.TOP,
     token_budget.DROP,
     token_budget.GUARD,

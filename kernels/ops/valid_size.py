@@ -40,13 +40,17 @@ def _shapes(shapes: list[Any], attrs: dict[str, Any]) -> list[Shape]:
 def _body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     (rank, dtype), axis, batch = operands[0], attrs["axis"], attrs["batch_axis"]
     check_axes("valid_size", rank, axis, batch)
-    if dtype == BOOL:
-        mask = b.cast("mask", FLOAT)
-    elif dtype in (6, 7):
-        mask = b.cast(b("Not", b("Equal", "mask", b.constant(0, dtype))), FLOAT)
-    else:
-        mask = b.cast(b("Greater", b.cast("mask", FLOAT), b.constant(THRESHOLD, FLOAT)), FLOAT)
     others = [a for a in range(rank) if a not in (axis, batch)]
+    if dtype not in (BOOL, 6, 7):
+        # The largest of a key's entries says it; comparing all of a wide mask would take three times as long.
+        largest = b.cast("mask", FLOAT)
+        if others:
+            largest = b("ReduceMax", largest, b.constant(others), keepdims=0)
+        mask, others = b.cast(b("Greater", largest, b.constant(THRESHOLD, FLOAT)), FLOAT), []
+    elif dtype == BOOL:
+        mask = b.cast("mask", FLOAT)
+    else:
+        mask = b.cast(b("Not", b("Equal", "mask", b.constant(0, dtype))), FLOAT)
     if others:
         mask = b("ReduceMax", mask, b.constant(others), keepdims=0)
     if batch < 0:

@@ -86,11 +86,18 @@ def _reaches(analysis: Analysis, source: TokenSpace, target: TokenSpace) -> bool
 
 def _arrival(analysis: Analysis, source: TokenSpace, target: TokenSpace) -> Value | None:
     """The first value over the target's tokens that holds the source's."""
-    first, last = source.blocks[0].attention.output, _last(analysis, target)
+    return first_over(analysis, target, source.blocks[0].attention.output, source)
+
+
+def first_over(
+    analysis: Analysis, target: TokenSpace, first: Value, source: TokenSpace | None = None
+) -> Value | None:
+    """The first value over the target's tokens, and not over the source's, that `first` flows into."""
+    last = _last(analysis, target)
     for op in analysis.graph.ops:
         for out in op.outputs:
             if not analysis.flow.depends(out, first) or not analysis.flow.depends(last, out):
                 continue
-            if analysis.token_axes(target, out) and not analysis.token_axes(source, out):
+            if analysis.token_axes(target, out) and not (source and analysis.token_axes(source, out)):
                 return out
     return None

@@ -200,9 +200,10 @@ def analyse(graph: Graph) -> Analysis:
 
 
 def is_attention(op: Op) -> bool:
-    return op.kind == "attention" or (
-        op.kind == "elision" and op.target.split(".")[-1].split("::")[-1].startswith("attention")
-    )
+    if op.kind != "elision":
+        return op.kind == "attention"
+    name = op.target.split(".")[-1].split("::")[-1]
+    return name.startswith("attention") and not name.startswith("attention_rows")
 
 
 def protect(analysis: Analysis, space: TokenSpace) -> None:

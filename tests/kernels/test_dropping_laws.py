@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,6 +94,63 @@ def test_onnx_keeps_the_same(seed: int, length: int, count: int, levels: int) ->
     score = scores(seed, 2, length, levels)
     found = onnx_call.run("top_tokens", [score], {"count": count})
     assert torch.equal(found[0], call("top_tokens", [score], {"count": count})[0])
+
+
+# ---- adaptive_counts -------------------------------------------------------------------------------------
+@LAWS
+@given(seeds, st.integers(1, 24), st.integers(1, 26), st.sampled_from([0, 2, 4]))
+def test_outliers_are_counted_as_numpy_would(seed: int, length: int, capacity: int, levels: int) -> None:
+    score = scores(seed, 3, length, levels) ** 5
+    (counts,) = call("adaptive_counts", [score], {"capacity": capacity})
+    for row in range(3):
+        mine = score[row][score[row] >= 0].double().numpy()
+        if not len(mine):
+            assert counts[row] == 0
+            continue
+        first, third = np.percentile(mine, [25, 75])
+        found = int((mine > third + 1.5 * (third - first) + 1e-12).sum())
+        assert int(counts[row]) == min(max(found, 1), capacity, len(mine))
+
+
+@LAWS
+@given(seeds, st.integers(1, 24), st.sampled_from([0.1, 0.5, 0.9, 1.0]), st.sampled_from([0, 4]))
+def test_a_share_of_the_scores_takes_the_fewest_tokens(
+    seed: int, length: int, mass: float, levels: int
+) -> None:
+    score = scores(seed, 3, length, levels)
+    (counts,) = call("adaptive_counts", [score], {"capacity": length, "mass": mass})
+    for row in range(3):
+        mine = np.sort(score[row][score[row] >= 0].double().numpy())[::-1]
+        count = int(counts[row])
+        assert (count == 0) == (len(mine) == 0)
+        if len(mine) and mine.sum() > 0:
+            assert mine[:count].sum() >= mass * mine.sum() - 1e-9
+            assert count == 1 or mine[: count - 1].sum() < mass * mine.sum() + 1e-9
+
+
+@LAWS
+@given(seeds, st.integers(1, 24), st.integers(0, 5), st.sampled_from([0.0, 0.7]))
+def test_counts_know_nothing_of_other_rows_nor_of_padding(
+    seed: int, length: int, more: int, mass: float
+) -> None:
+    score = scores(seed, 3, length)
+    attrs = {"capacity": 8, "mass": mass}
+    (counts,) = call("adaptive_counts", [score], attrs)
+    wider = torch.cat([score, torch.full((3, more), -1.0)], 1)
+    assert torch.equal(call("adaptive_counts", [wider], attrs)[0], counts)
+    for row in range(3):
+        assert (
+            call("adaptive_counts", [score[row : row + 1]], attrs)[0].tolist()
+            == counts[row : row + 1].tolist()
+        )
+
+
+@FEW
+@given(seeds, st.integers(1, 16), st.sampled_from([0.0, 0.6]), st.sampled_from([0, 2]))
+def test_onnx_counts_the_same(seed: int, length: int, mass: float, levels: int) -> None:
+    score, attrs = scores(seed, 2, length, levels), {"capacity": 5, "mass": mass}
+    found = onnx_call.run("adaptive_counts", [score], attrs)
+    assert torch.equal(found[0], call("adaptive_counts", [score], attrs)[0])
 
 
 # ---- drop_tokens -----------------------------------------------------------------------------------------

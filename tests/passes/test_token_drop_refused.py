@@ -51,6 +51,18 @@ def traced(module: nn.Module, args: tuple[Tensor, ...]) -> FxGraph:
         ),
         ({"policy": "fastv", "compat": "reference"}, "compat=reference is known for hired, not for fastv"),
         ({"positions": "short"}, "positions"),
+        ({"mass": 0.0}, "mass must be above 0 and up to 1, not 0"),
+        (
+            {"adaptive": "mass", "policy": "uniform"},
+            "needs scores that say how many tokens matter, not uniform",
+        ),
+        ({"adaptive": "mass", "policy": "visionzip"}, "not visionzip"),
+        ({"adaptive": "mass", "tiles": 5, "grid": (2, 2)}, "not tiles, which share a budget out"),
+        (
+            {"adaptive": "outliers", "positions": "compact"},
+            "empty slots, so positions=compact would count them",
+        ),
+        ({"adaptive": "outliers", "compat": "reference"}, "none of the published rules of hired"),
         ({"nothing_like_it": 1}, "nothing_like_it"),
     ],
 )
