@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .runtime.iree import compile_iree, run_iree
     from .runtime.mlir import export_mlir
     from .runtime.session import session
+    from .runtime.vocabulary import DynamicBatch, DynamicVocabulary
+    from .runtime.vocabulary_merges import BatchMerges, CutWords, MergeList
+    from .runtime.vocabulary_predictors import Pieces, TrainedPredictor
 
 __version__ = "0.1.0"
 
@@ -43,6 +46,13 @@ _HOMES: dict[str, tuple[str, str]] = {
     "DiffusionGenerator": (".runtime.diffusion", "DiffusionGenerator"),
     "DiffusionGeneration": (".runtime.diffusion", "DiffusionGeneration"),
     "session": (".runtime.session", "session"),
+    "DynamicVocabulary": (".runtime.vocabulary", "DynamicVocabulary"),
+    "DynamicBatch": (".runtime.vocabulary", "DynamicBatch"),
+    "MergeList": (".runtime.vocabulary_merges", "MergeList"),
+    "CutWords": (".runtime.vocabulary_merges", "CutWords"),
+    "BatchMerges": (".runtime.vocabulary_merges", "BatchMerges"),
+    "Pieces": (".runtime.vocabulary_predictors", "Pieces"),
+    "TrainedPredictor": (".runtime.vocabulary_predictors", "TrainedPredictor"),
     "ElisionError": (".passes.errors", "ElisionError"),
     "Refused": (".passes.errors", "Refused"),
     "NothingMatched": (".passes.errors", "NothingMatched"),
@@ -62,21 +72,28 @@ _HOMES: dict[str, tuple[str, str]] = {
 }
 
 __all__ = [
+    "BatchMerges",
+    "CutWords",
     "DiffusionGeneration",
     "DiffusionGenerator",
+    "DynamicBatch",
+    "DynamicVocabulary",
     "ElisionError",
     "Generation",
     "Generator",
     "Graph",
+    "MergeList",
     "ModelFileError",
     "NoOptions",
     "NothingMatched",
     "Outcome",
     "Pass",
     "PassContext",
+    "Pieces",
     "PipelineError",
     "Refused",
     "Result",
+    "TrainedPredictor",
     "VerificationError",
     "__version__",
     "compile_iree",

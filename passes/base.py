@@ -36,6 +36,7 @@ BUILTIN: tuple[str, ...] = (
     "skip_layers",
     "taps",
     "extra_embeddings",
+    "dynamic_vocab",
 )
 
 _REGISTRY: dict[str, type[Pass]] = {}

@@ -81,7 +81,8 @@ class PassReport:
 @dataclass
 class PipelineReport:
     """A finished run. `graph` is the result (a graph of its own unless nothing changed); `drift` compares it
-    with the input; `snapshots[0]` is the text of the input, one more for each pass that changed something."""
+    with the input; `snapshots[0]` is the text of the input, one more for each pass that changed something.
+    `inputs`: examples for the result where it takes other inputs than before, None where it does not."""
 
     graph: Graph
     text: str
@@ -91,6 +92,7 @@ class PipelineReport:
     seconds: float = 0.0
     drift: list[Drift] | None = None
     before: list[str] = field(default_factory=list)
+    inputs: list[Any] | None = None
 
     @property
     def changed(self) -> bool:
@@ -167,6 +169,7 @@ def run_pipeline(
         seconds=time.perf_counter() - started,
         drift=manager.drift(first, current),
         before=before,
+        inputs=current.inputs,
     )
 
 

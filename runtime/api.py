@@ -161,6 +161,7 @@ def optimize(
     report = run_passes(graph, pipeline, context, runner, verify, tell)
     untouched = taken_back(report, graph, given)
     module = _own_module(target) if untouched and graph.host == "fx" else None
+    example = _with_new_inputs(example, report)
     return Result(report.graph, report, example, source, untouched, context.table, module)
 
 
@@ -290,6 +291,18 @@ def open_torch(
     module = getattr(target, "_orig_mod", target)  # a torch.compile wrapper: the module inside
     with quietly("the module cannot be traced with these example inputs"):
         return FxGraph.trace(module, example[0], example[1] or None, dynamic_shapes), example
+
+
+def _with_new_inputs(example: Any, report: Any) -> Any:
+    """The example arguments and, by name, those of inputs that passes added behind them."""
+    if example is None or report.inputs is None:
+        return example
+    import torch
+
+    count = len(_flat_tensors(example))
+    added = zip(report.graph.inputs[count:], report.inputs[count:])
+    more = {value.name: torch.as_tensor(item).to(getattr(torch, value.dtype)) for value, item in added}
+    return example[0], {**example[1], **more}
 
 
 def _own_module(target: Any) -> Any:
