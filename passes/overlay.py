@@ -56,6 +56,8 @@ def find_lookups(graph: Graph, ids: Value) -> list[Lookup]:
     found: list[Lookup] = []
     compared: list[tuple[Op, Value]] = []
     for op, index, value in _uses(graph, ids):
+        if op.kind == "elision" and "own_ids" in op.target:
+            raise Refused(f"%{ids.name} has new ids already, from {op.attrs['first']} on")
         lookup = _lookup(graph, op, index)
         if lookup is not None:
             found.append(lookup)
@@ -70,6 +72,11 @@ def find_lookups(graph: Graph, ids: Value) -> list[Lookup]:
         raise Refused(f"%{ids.name} is looked up in no table")
     least = min(lookup.count for lookup in found)
     for op, value in compared:
+        number = op.attrs.get("other", 0)
+        if number >= least:
+            raise Refused(
+                f"{op.target} (%{op.name}) compares %{value.name} with {number}, which may be a new id"
+            )
         for other in op.inputs:
             data = None if other is None or other is value else graph.constant_value(other)
             if (
@@ -122,12 +129,28 @@ def own_rows(graph: Graph, lookup: Lookup, ids: np.ndarray) -> np.ndarray:
     data = graph.constant_value(lookup.table)
     if data is not None and lookup.op.kind != "elision" and lookup.table.origin != "op":
         return np.asarray(data[ids], dtype=np.float32)
-    shape = lookup.ids.shape or ()
-    given = np.asarray(ids, np.int64).astype(lookup.ids.dtype)
-    if len(shape) != 1:
-        given = given.reshape([1] * (len(shape) - 1) + [-1])
-    found = graph.evaluate([lookup.op.output], {lookup.ids: given})[0]
+    source = input_behind(graph, lookup.ids)
+    if source is None:
+        raise Refused(f"%{lookup.ids.name} comes from no input")
+    given = np.asarray(ids, np.int64).astype(source.dtype).reshape([1] * (source.rank - 1) + [-1])
+    found = graph.evaluate([lookup.op.output], {source: given})[0]
     return np.asarray(found, dtype=np.float32).reshape(len(ids), lookup.width)
+
+
+def input_behind(graph: Graph, ids: Value) -> Value | None:
+    """The input that ids come from."""
+    waiting: list[Value | None] = [ids]
+    seen: set[Value] = set()
+    while waiting:
+        value = waiting.pop()
+        if value is None or value in seen:
+            continue
+        seen.add(value)
+        if value in graph.inputs:
+            return value
+        if value.producer is not None:
+            waiting += value.producer.inputs
+    return None
 
 
 # ---- inside ----------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..passes.errors import ElisionError
-from ..passes.ir.graph import Dim, Graph, Op, Value
-from ..passes.overlay import overlaid, own_rows
+from ..passes.ir.graph import Dim, Graph
+from ..passes.overlay import input_behind, overlaid, own_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ def _of_graph(graph: Graph) -> Source:
     if not found:
         raise ElisionError("the model has no table of new tokens: elision.optimize it with dynamic-vocab")
     op, lookup = found[0]
-    rows, ids = op.inputs[2], _input_behind(graph, op)
+    rows, ids = op.inputs[2], None if op.inputs[1] is None else input_behind(graph, op.inputs[1])
     if rows is None or rows not in graph.inputs or rows.shape is None or ids is None:
         raise ElisionError("the model's new tokens come from no input")
     known = dict(zip(graph.inputs, graph.input_names))
@@ -78,21 +78,6 @@ def _of_graph(graph: Graph) -> Source:
         rows.rank == 3,
         graph.host == "fx",
     )
-
-
-def _input_behind(graph: Graph, op: Op) -> Value | None:
-    """The input that the ids of an overlay come from."""
-    waiting, seen = [op.inputs[1]], set()
-    while waiting:
-        value = waiting.pop()
-        if value is None or value in seen:
-            continue
-        seen.add(value)
-        if value in graph.inputs:
-            return value
-        if value.producer is not None:
-            waiting += value.producer.inputs
-    return None
 
 
 def _mask_name(ids: str, names: list[str]) -> str:
