@@ -65,18 +65,28 @@ class DynamicVocab(Pass):
             overlay(graph, lookup, rows, count)
         outcome = Outcome(changed=True, statistics={"lookups": len(found)})
         outcome.notes.append(f"the ids from {count} on are rows of the input {options.name} [.., {width}]")
-        outcome.signature = _signature(context, ids.shape, options, width, len(graph.outputs))
+        outcome.signature = _signature(context, options, (width, dtype), len(graph.outputs))
         return outcome
 
 
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy type of a value's dtype, ml_dtypes' for bfloat16."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
 def _signature(
-    context: PassContext, ids: object, options: DynamicVocabOptions, width: int, outputs: int
+    context: PassContext, options: DynamicVocabOptions, row: tuple[int, str], outputs: int
 ) -> NewSignature:
     """The examples as they are, and rows that none of their ids reads."""
     given = None if context.example_inputs is None else [as_array(item) for item in context.example_inputs]
     if given is None or any(array is None for array in given):
         return NewSignature()
+    width, dtype = row
     shape = [options.rows or 1, width]
     if options.per_text:
         shape.insert(0, next(len(array) for array in given))
-    return NewSignature(given, [*given, np.zeros(shape, np.float32)], list(range(outputs)))
+    return NewSignature(given, [*given, np.zeros(shape, numpy_dtype(dtype))], list(range(outputs)))

@@ -371,8 +371,13 @@ def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
             raise
         logging.getLogger("elision").info("made-up inputs do not run; give example inputs to check numerics")
         return None
+
     # The pass manager begins with the same graph; a large model is not run twice for that.
-    return lambda asked: first if asked is graph else plain(asked)
+    def run(asked: Graph) -> list[Any]:
+        return first if asked is graph else plain(asked)
+
+    run.with_inputs = plain.with_inputs  # type: ignore[attr-defined]
+    return run
 
 
 @contextlib.contextmanager

@@ -54,8 +54,9 @@ class DynamicBatch:
         """values [B, N] of the tokens, of the first of each new token [B, N']: for token types. 0 for padding."""
         slot, new = np.asarray(self.slot), np.zeros(np.asarray(self.ids).shape, np.asarray(values).dtype)
         rows, places = np.nonzero(slot >= 0)
-        order = slice(None, None, -1)  # of those with one slot the first is written last
-        new[rows[order], slot[rows, places][order]] = np.asarray(values)[rows, places][order]
+        new_place = rows * new.shape[1] + slot[rows, places]
+        first = np.unique(new_place, return_index=True)[1]
+        new.reshape(-1)[new_place[first]] = np.asarray(values)[rows[first], places[first]]
         return _like(new, values)
 
     def restore(self, outputs: Any) -> Any:

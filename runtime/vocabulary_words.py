@@ -84,6 +84,8 @@ class Words:
         if last.startswith(("\u2581", "\u0120")):  # what stands for a space
             return False
         text = self.text(tokens)
+        if text.endswith("\ufffd"):  # the first bytes of a letter
+            return True
         if self.boundary == "word" or self.tokenizer.pre_tokenizer is None:
             return len(text.split()) <= 1 and bool(text.strip())
         return len(self.tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
