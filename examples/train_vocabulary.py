@@ -137,7 +137,8 @@ def batch_of(ids: list[list[int]], table: Tensor) -> tuple[Tensor, Tensor]:
 
 def merged(texts: list[list[tuple[int, ...]]], table: Tensor, network: Network) -> tuple[Tensor, Tensor]:
     """Embedded pieces, padded, and their mask."""
-    kinds = {piece: i for i, piece in enumerate(dict.fromkeys(p for row in texts for p in row if len(p) > 1))}
+    found: dict[tuple[int, ...], None] = dict.fromkeys(p for row in texts for p in row if len(p) > 1)
+    kinds: dict[tuple[int, ...], int] = {piece: i for i, piece in enumerate(found)}
     longest = max(map(len, kinds), default=1)
     count = torch.tensor([len(piece) for piece in kinds])
     rows = torch.stack([pad(table[torch.tensor(piece)], (0, 0, 0, longest - len(piece))) for piece in kinds])

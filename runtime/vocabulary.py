@@ -52,7 +52,7 @@ class DynamicBatch:
 
     def select(self, values: Any) -> Any:
         """values [B, N] of the tokens, of the first of each new token [B, N']: for token types. 0 for padding."""
-        slot, new = np.asarray(self.slot), np.zeros(np.asarray(self.ids).shape, np.asarray(values).dtype)
+        slot, new = np.asarray(self.slot), np.zeros_like(np.asarray(self.ids), dtype=np.asarray(values).dtype)
         rows, places = np.nonzero(slot >= 0)
         new_place = rows * new.shape[1] + slot[rows, places]
         first = np.unique(new_place, return_index=True)[1]

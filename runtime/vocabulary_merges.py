@@ -86,9 +86,10 @@ class MergeList:
         pair must occur so often. longest: the most tokens in a piece, 0 for any number. Fewer than `count` where no
         pair is left."""
         pairs: list[tuple[Piece, Piece]] = []
-        corpus = [
-            ([(t,) for t in word], n) for word, n in Counter(map(tuple, words)).items() if len(word) > 1
-        ]
+        corpus: list[tuple[list[Piece], int]] = []
+        for word, times in Counter(map(tuple, words)).items():
+            if len(word) > 1:
+                corpus.append(([(token,) for token in word], times))
         found, where = _pairs(corpus, longest)
         while found and len(pairs) < count:
             best = max(found, key=found.__getitem__)
@@ -97,7 +98,7 @@ class MergeList:
             pairs.append(best)
             for index in sorted(where[best]):
                 pieces, times = corpus[index]
-                new: list[Piece] = _joined(pieces, best)
+                new = _joined(pieces, best)
                 _count(found, where, index, pieces, -times, longest)
                 _count(found, where, index, new, times, longest)
                 corpus[index] = new, times

@@ -44,16 +44,14 @@ def _minilm() -> nn.Module:
 
 
 def _modernbert() -> nn.Module:
-    config = hf.ModernBertConfig(
-        **SIZES, local_attention=8, global_attn_every_n_layers=2, pad_token_id=0, reference_compile=False
-    )
+    more: dict[str, Any] = {"global_attn_every_n_layers": 2, "pad_token_id": 0, "reference_compile": False}
+    config = hf.ModernBertConfig(**SIZES, local_attention=8, **more)
     return Text(hf.ModernBertModel(config))
 
 
 def _deberta() -> nn.Module:
-    config = hf.DebertaV2Config(
-        **SIZES, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], type_vocab_size=0
-    )
+    more: dict[str, Any] = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+    config = hf.DebertaV2Config(**SIZES, type_vocab_size=0, **more)
     return Text(hf.DebertaV2Model(config))
 
 
