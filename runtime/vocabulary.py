@@ -148,6 +148,11 @@ class DynamicVocabulary:
             raise ElisionError("where words begin is not known: give a tokenizer, or words with the ids")
         return self._batch(rows, numbers, places, given.shape[1], ids)
 
+    def forget(self) -> None:
+        """Forget predicted embeddings, and how words were cut."""
+        self.cache.clear()
+        self._cuts.clear()
+
     def learn(self, texts: Iterable[str], count: int, *, least: int = 2, longest: int = 0) -> MergeList:
         """The list of the `count` merges that save most tokens in these texts: see `MergeList.learn`."""
         if self.words is None:

@@ -122,6 +122,10 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._kept.clear()
+
     def rows(self, wanted: Sequence[Piece]) -> np.ndarray:
         """The embeddings float32 [K, C] of these pieces, each of which is there once."""
         new = [piece for piece in wanted if piece not in self._kept]

@@ -217,6 +217,8 @@ def test_the_cache_keeps_what_was_used_last() -> None:
     cache.rows([(5, 6), (7, 8)])
     assert asked == [[((5, 6), "(5, 6)"), ((7, 8), "(7, 8)")], [((8, 9), "(8, 9)")], [((7, 8), "(7, 8)")]]
     assert len(cache) == 2 and cache.predicted == 4
+    cache.clear()
+    assert not len(cache)
     with pytest.raises(ElisionError, match="or what is no number"):
         EmbeddingCache(lambda given: given.mean * np.nan, lambda i: TABLE[i], str, 2).rows([(5, 6)])
 
