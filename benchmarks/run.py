@@ -24,6 +24,7 @@ LANGUAGE = (
     "h2o",
     "windowed",
     "token_drop",
+    "dynamic_vocab",
     "cached_attention",
 )
 OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")

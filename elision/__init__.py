@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from .runtime.parts import PartsResult, optimize_parts
     from .runtime.placeholders import drop_placeholders
     from .runtime.session import session
+    from .runtime.vocabulary import DynamicBatch, DynamicVocabulary
+    from .runtime.vocabulary_merges import BatchMerges, CutWords, MergeList
+    from .runtime.vocabulary_predictors import Pieces, TrainedPredictor
 
 __version__ = "0.1.0"
 
@@ -48,6 +51,13 @@ _HOMES: dict[str, tuple[str, str]] = {
     "DiffusionGenerator": (".runtime.diffusion", "DiffusionGenerator"),
     "DiffusionGeneration": (".runtime.diffusion", "DiffusionGeneration"),
     "session": (".runtime.session", "session"),
+    "DynamicVocabulary": (".runtime.vocabulary", "DynamicVocabulary"),
+    "DynamicBatch": (".runtime.vocabulary", "DynamicBatch"),
+    "MergeList": (".runtime.vocabulary_merges", "MergeList"),
+    "CutWords": (".runtime.vocabulary_merges", "CutWords"),
+    "BatchMerges": (".runtime.vocabulary_merges", "BatchMerges"),
+    "Pieces": (".runtime.vocabulary_predictors", "Pieces"),
+    "TrainedPredictor": (".runtime.vocabulary_predictors", "TrainedPredictor"),
     "ElisionError": (".passes.errors", "ElisionError"),
     "Refused": (".passes.errors", "Refused"),
     "NothingMatched": (".passes.errors", "NothingMatched"),
@@ -67,12 +77,17 @@ _HOMES: dict[str, tuple[str, str]] = {
 }
 
 __all__ = [
+    "BatchMerges",
+    "CutWords",
     "DiffusionGeneration",
     "DiffusionGenerator",
+    "DynamicBatch",
+    "DynamicVocabulary",
     "ElisionError",
     "Generation",
     "Generator",
     "Graph",
+    "MergeList",
     "ModelFileError",
     "NoOptions",
     "NothingMatched",
@@ -80,9 +95,11 @@ __all__ = [
     "PartsResult",
     "Pass",
     "PassContext",
+    "Pieces",
     "PipelineError",
     "Refused",
     "Result",
+    "TrainedPredictor",
     "VerificationError",
     "__version__",
     "compile_iree",

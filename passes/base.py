@@ -40,6 +40,7 @@ BUILTIN: tuple[str, ...] = (
     "taps",
     "extra_embeddings",
     "image_ids",
+    "dynamic_vocab",
 )
 
 _REGISTRY: dict[str, type[Pass]] = {}

@@ -200,6 +200,7 @@ def optimize(
     report = run_passes(graph, pipeline, context, runner, verify, tell)
     untouched = taken_back(report, graph, given)
     module = _own_module(target) if untouched and graph.host == "fx" else None
+    example = _with_new_inputs(example, report)
     return Result(report.graph, report, example, source, untouched, context.table, module)
 
 
@@ -331,6 +332,18 @@ def open_torch(
         return FxGraph.trace(module, example[0], example[1] or None, dynamic_shapes), example
 
 
+def _with_new_inputs(example: Any, report: Any) -> Any:
+    """The example arguments and, by name, those of inputs that passes added behind them."""
+    if example is None or report.inputs is None:
+        return example
+    import torch
+
+    count = len(_flat_tensors(example))
+    added = zip(report.graph.inputs[count:], report.inputs[count:])
+    more = {value.name: torch.as_tensor(item).to(getattr(torch, value.dtype)) for value, item in added}
+    return example[0], {**example[1], **more}
+
+
 def _own_module(target: Any) -> Any:
     """What runs as `target` itself does."""
     import torch
@@ -397,8 +410,13 @@ def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
             raise
         logging.getLogger("elision").info("made-up inputs do not run; give example inputs to check numerics")
         return None
+
     # The pass manager begins with the same graph; a large model is not run twice for that.
-    return lambda asked: first if asked is graph else plain(asked)
+    def run(asked: Graph) -> list[Any]:
+        return first if asked is graph else plain(asked)
+
+    run.with_inputs = plain.with_inputs  # type: ignore[attr-defined]
+    return run
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..passes.base import Pass, PassContext
-from ..passes.errors import ElisionError, NothingMatched, PipelineError
+from ..passes.errors import ElisionError, NothingMatched, PipelineError, Refused
 from ..passes.options import nearest
 from ..passes.pipeline import format as format_pipeline
 from ..passes.pipeline import key as pipeline_key
@@ -139,6 +139,11 @@ def run_passes(
         _nothing_matched(error, pipeline, fragment)
         return None
     fragment.matched()
+    if len(report.graph.inputs) > len(graph.inputs):
+        raise Refused(
+            f"{format_pipeline(pipeline)} adds the input {report.graph.input_names[-1]!r}, which callers of a compiled "
+            "model cannot give: elision.optimize the model, and torch.compile the module of the result"
+        )
     seconds = time.perf_counter() - started
     text = format_pipeline(pipeline)
     reports.append({"passes": text, "seconds": seconds, "report": report.to_json()})

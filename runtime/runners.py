@@ -55,6 +55,10 @@ def onnx_runner(feeds: Mapping[str, np.ndarray]) -> Runner:
             raise VerificationError(f"onnxruntime does not run the graph: {first_line(error)}") from error
         return [np.asarray(item) for item in found]
 
+    def with_inputs(graph: Graph, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return onnx_runner({v.name: array for v, array in zip(graph.inputs, inputs)})(graph)
+
+    run.with_inputs = with_inputs  # type: ignore[attr-defined]
     return run
 
 

@@ -12,7 +12,8 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic
-from torch.fx.graph import CodeGen
+from torch.fx.graph import CodeGen, _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from ..errors import ElisionError, Refused
 from . import fx_call, fx_lengths, fx_nodes
@@ -89,10 +90,24 @@ class FxState(FxView):
             node = graph.placeholder(_identifier(name))
         with self._mode:
             node.meta["val"] = torch.empty(sizes, dtype=getattr(torch, dtype), device=self._device())
+        self._take_too(node.name)
         self._changed()
         value = self._new_value(node, "input")
         self.inputs.append(value)
         return value
+
+    def _take_too(self, name: str) -> None:
+        """Let a call give one argument more, by place or by this name; all else of its signature stays."""
+        graph = self.module.graph
+        if self._input_names:
+            self._input_names.append(name)
+        info = getattr(graph._codegen, "pytree_info", None)
+        if info is None:
+            return
+        args, kwargs = pytree.tree_unflatten([0] * info.in_spec.num_leaves, info.in_spec)
+        spec = pytree.tree_structure((args, {**kwargs, name: 0}))
+        wider = info._replace(orig_args=[*info.orig_args, name], in_spec=spec)
+        graph.set_codegen(_PyTreeCodeGen(wider))
 
     def _size(self, dim: Dim | str) -> Any:
         if isinstance(dim, int):

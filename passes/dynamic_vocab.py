@@ -1,0 +1,92 @@
+"""dynamic-vocab: ids beyond the vocabulary whose embeddings come with every batch.
+
+Several tokens of a text become one before the model, with an embedding that is predicted from theirs (Feher et al.,
+Retrofitting large language models with dynamic tokenization, ACL 2025). The texts get shorter; nothing in the network
+changes but where a token's embedding is read. `elision.DynamicVocabulary` makes the inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .analysis.residual import token_ids
+from .base import NewSignature, Outcome, Pass, PassContext, as_array, register
+from .errors import PipelineError, Refused
+from .ir.graph import Graph
+from .overlay import find_lookups, overlay
+
+DEFAULT_IDS = "input_ids"
+
+
+@dataclass(frozen=True)
+class DynamicVocabOptions:
+    """ids: the name of the input with the token ids. name: of the new input with the rows of the new ids. rows: how
+    many it has; 0: any number. per_text: every text of a batch has rows of its own, [B, M, C]."""
+
+    ids: str = DEFAULT_IDS
+    name: str = "table"
+    rows: int = 0
+    per_text: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            raise PipelineError(f"rows must be at least 0, not {self.rows}")
+        if not self.name.isidentifier():
+            raise PipelineError(f"name must be an identifier, not {self.name!r}")
+
+
+@register
+class DynamicVocab(Pass):
+    """Adds an input [M, C], of the embeddings' dtype: id V + j, where V is the size of the vocabulary, is embedded as
+    its row j, every id below V as before, bit for bit. A head keeps its V scores."""
+
+    name = "dynamic-vocab"
+    exact = True
+    summary = "embeddings given with the batch, for tokens that were merged before the model"
+    Options = DynamicVocabOptions
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        """Raises NothingMatched without ids; Refused where they are not looked up in one constant table, or where an op
+        reads them for something other than their embeddings."""
+        options: DynamicVocabOptions = self.options
+        ids = token_ids(graph, options.ids)
+        found = find_lookups(graph, ids)
+        if options.name in graph.input_names:
+            raise Refused(f"the graph has an input called {options.name!r} already")
+        kinds = {(lookup.count, lookup.width, lookup.op.output.dtype) for lookup in found}
+        if len({lookup.table for lookup in found}) > 1:
+            names = ", ".join(dict.fromkeys(f"%{lookup.table.name}" for lookup in found))
+            raise Refused(f"%{ids.name} is looked up in several tables ({names}), and a new id has one row")
+        count, width, dtype = next(iter(kinds))
+        batch = ids.shape[:1] if options.per_text and ids.shape else ()
+        rows = graph.add_input(options.name, dtype, [*batch, options.rows or f"{options.name}_rows", width])
+        for lookup in found:
+            overlay(graph, lookup, rows, count)
+        outcome = Outcome(changed=True, statistics={"lookups": len(found)})
+        outcome.notes.append(f"the ids from {count} on are rows of the input {options.name} [.., {width}]")
+        outcome.signature = _signature(context, options, (width, dtype), len(graph.outputs))
+        return outcome
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy type of a value's dtype, ml_dtypes' for bfloat16."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def _signature(
+    context: PassContext, options: DynamicVocabOptions, row: tuple[int, str], outputs: int
+) -> NewSignature:
+    """The examples as they are, and rows that none of their ids reads."""
+    given = None if context.example_inputs is None else [as_array(item) for item in context.example_inputs]
+    if given is None or any(array is None for array in given):
+        return NewSignature()
+    width, dtype = row
+    shape = [options.rows or 1, width]
+    if options.per_text:
+        shape.insert(0, next(len(array) for array in given))
+    return NewSignature(given, [*given, np.zeros(shape, numpy_dtype(dtype))], list(range(outputs)))
