@@ -16,6 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "ir.md"
 EDITING = (
     "insert",
     "insert_constant",
+    "insert_parameter",
     "set_operand",
     "replace_output",
     "set_length",

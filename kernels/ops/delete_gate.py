@@ -29,9 +29,10 @@ def delete_gate(
     prefix: int = 0,
     suffix: int = 0,
     last: int = 0,
-) -> Tensor:
-    """x [B, N, C], weight [C], bias [1], valid [B or 1, N] (> 0: no padding) -> gate float32 [B, N], from k to 0.
+) -> tuple[Tensor, Tensor]:
+    """x [B, N, C], weight [C], bias [1], valid [B or 1, N] (> 0: no padding) -> gate [B, N] from k to 0, size [B, N].
 
+    size is exp(gate), 0 for padding: in `attention` its logarithm is added to the logits. Both float32. The gate is
     k * sigmoid(-(weight . norm(x) + bias)), the norm without parameters of its own. 0 for protected tokens: the first
     `prefix`, the last `suffix`, and of every sample the `last` ones that are no padding. k for padding. Computed in
     float32; differentiable in x, weight and bias."""
@@ -44,7 +45,8 @@ def delete_gate(
     gate = k * torch.sigmoid(-((wide * weight.float()).sum(-1) + bias.float()))
     real = _real(gate, valid)
     gate = torch.where(_protected(real, prefix, suffix, last), 0.0, gate)
-    return torch.where(real, gate, k)
+    gate = torch.where(real, gate, k)
+    return gate, torch.where(real, gate.exp(), 0.0)
 
 
 def gate_budget(
@@ -117,9 +119,10 @@ def _gate_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]
     protected = _body_protected(b, gate, real, attrs)
     if protected is not None:
         gate = b("Where", protected, b.constant(0.0, FLOAT), gate)
-    if real is not None:
-        gate = b("Where", real, gate, b.constant(attrs["k"], FLOAT))
-    return [gate]
+    if real is None:
+        return [gate, b("Exp", gate)]
+    gate = b("Where", real, gate, b.constant(attrs["k"], FLOAT))
+    return [gate, b("Where", real, b("Exp", gate), b.constant(0.0, FLOAT))]
 
 
 def _body_real(b: Body, gate: str, valid: Any) -> str | None:
@@ -198,11 +201,11 @@ GATE = OpDef(
     name="delete_gate",
     summary="A learned gate for each token, from k (delete) to 0 (keep).",
     inputs=("x", "weight", "bias", "valid?"),
-    outputs=("gate",),
+    outputs=("gate", "size"),
     attrs=(Attr("k", -30.0), Attr("norm", "rms"), Attr("eps", 1e-6), *ENDS),
     reference=delete_gate,
-    shapes=lambda shapes, attrs: [tuple(shapes[0][:2])],
-    dtypes=lambda dtypes, attrs: ["float32"],
+    shapes=lambda shapes, attrs: [tuple(shapes[0][:2])] * 2,
+    dtypes=lambda dtypes, attrs: ["float32"] * 2,
     body=_gate_body,
     custom={0: FLOATS},
     work=lambda shapes, attrs: 6 * numel(shapes[0]),

@@ -1,4 +1,4 @@
-"""restore_tokens, blend_tokens, select_tokens, compose_slots, pad_tokens: reading rows through a map, and one more row."""
+"""restore_tokens, blend_tokens, select_tokens, compose_slots: reading rows through a map; pad_tokens: one more row."""
 
 from __future__ import annotations
 

@@ -81,11 +81,11 @@ def drop_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """flags [B, N], valid [B or 1, N] (> 0: no padding) -> a map onto N' slots, and two checks of it.
 
-    `count` tokens go, or floor(ratio * N). slot [B, N], keep [B, N'], source [B, N-N'] int32; size [B, N'] and fits [B]
-    float32. Tokens keep their order. Wanted are tokens with a flag other than 0 that are no padding; the first `prefix` and the last `suffix`
-    tokens keep their place, padding or not. A sample that wants fewer than there are slots fills up with others, whose
-    size is 0 (nothing attends to them) and whose slot is -1; one that wants more does not fit (fits 0), and all of its
-    tokens have slot 0."""
+    `count` tokens go, or floor(ratio * N). slot [B, N], keep [B, N'], source [B, N-N'] int32; size [B, N'] and fits
+    [B] float32. Tokens keep their order. Wanted are tokens with a flag other than 0 that are no padding; the first
+    `prefix` and the last `suffix` tokens keep their place, padding or not. A sample that wants fewer than there are
+    slots fills up with others, whose size is 0 (nothing attends to them) and whose slot is -1; one that wants more does
+    not fit (fits 0), and all of its tokens have slot 0."""
     batch, length = flags.shape
     asked = flags != 0 if valid is None else (flags != 0) & (valid > 0)
     left = length - wanted(length, count, ratio)
@@ -164,7 +164,7 @@ TOP = OpDef(
 )
 DROP = OpDef(
     name="drop_tokens",
-    summary="The map that leaves a number or share of tokens out: flagged 0 or padding; which slots are real, and whether it fits.",
+    summary="The map that leaves a number or share of tokens out: flagged 0 or padding; which slots are real, if it fits.",
     inputs=("flags", "valid?"),
     outputs=("slot", "keep", "source", "size", "fits"),
     attrs=(Attr("count", -1), Attr("ratio", -1.0), Attr("prefix", 0), Attr("suffix", 0)),
