@@ -198,7 +198,8 @@ def gated_space(analysis: Analysis) -> tuple[TokenSpace, list[str]]:
             "token-gate found no self-attention over tokens "
             f"({count} attention ops among {len(analysis.graph.ops)} operations)"
         )
-    found, notes = [], []
+    found: list[TokenSpace] = []
+    notes: list[str] = []
     for space in spaces:
         reason = next(filter(None, (_causal(analysis, block) for block in space.blocks)), "")
         if reason:
@@ -207,6 +208,10 @@ def gated_space(analysis: Analysis) -> tuple[TokenSpace, list[str]]:
             found.append(space)
     if not found:
         raise Refused(notes[0])
+    reading = [space for space in found if space.reads]
+    if len(found) > len(reading) > 0:
+        notes += [f"the {space.length} tokens that read others' are no encoder's" for space in reading]
+        found = [space for space in found if not space.reads]
     if len(found) > 1:
         lengths = ", ".join(str(space.length) for space in found)
         raise Refused(f"the graph has {len(found)} encoders, of {lengths} tokens: a gate is for one")

@@ -75,9 +75,7 @@ def encode(model: Any, ids: Tensor, gate: Gate, *, hard: bool) -> tuple[Tensor, 
         own, feed = block.layer[0], block.layer[1]
         normed = rms(x, own.layer_norm)
         after = index >= gate.layer
-        x = x + attend(
-            own.SelfAttention, normed, normed, position + added, softmax1=gate.softmax1 and after
-        )
+        x = x + attend(own.SelfAttention, normed, normed, position + added, softmax1=gate.softmax1 and after)
         x = x + feed.DenseReluDense.wo(feed.DenseReluDense.wi(rms(x, feed.layer_norm)).relu())
     return rms(x, stack.final_layer_norm), added, values
 

@@ -79,3 +79,9 @@ def run(graph: FxGraph | nn.Module, args: tuple[Tensor, ...]) -> Any:
     with torch.no_grad():
         call: Any = graph.run if isinstance(graph, FxGraph) else graph
         return call(*args)
+
+
+@cache
+def kept(capacity: float) -> FxGraph:
+    """`t5` with a hard gate before block 1, any batch and length."""
+    return gated(t5_graph(), layer=1, capacity=capacity, arrays=weights(3))[0]
