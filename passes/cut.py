@@ -198,7 +198,9 @@ class Cutter:
         ]
         position = {other: index for index, other in enumerate(self.graph.ops)}
         made_by = [v.producer for v in inputs if v is not None and v.producer is not None]
-        last = max([*made_by, *([crossing.cursor] if crossing.cursor else [])], key=position.__getitem__)
+        if crossing.cursor is not None:
+            made_by.append(crossing.cursor)
+        last = max(made_by, key=lambda one: position[one])
         for out, new in zip(op.outputs, self.graph.repeat(op, inputs, after=last)):
             crossing.keep_whole(out, new)
         crossing.cursor = self.graph.ops[self.graph.ops.index(last) + 1]

@@ -164,7 +164,7 @@ TOP = OpDef(
 )
 DROP = OpDef(
     name="drop_tokens",
-    summary="The map that leaves a number or share of tokens out: flagged 0 or padding; which slots are real, if it fits.",
+    summary="The map that leaves a number or share of tokens out: flagged 0 or padding; what is real, and if it fits.",
     inputs=("flags", "valid?"),
     outputs=("slot", "keep", "source", "size", "fits"),
     attrs=(Attr("count", -1), Attr("ratio", -1.0), Attr("prefix", 0), Attr("suffix", 0)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import elision
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import elision
 from tests import reference_gate as reference
 
 from ..analysis import toys
@@ -254,7 +254,7 @@ def test_other_graphs_say_why_not() -> None:
     from elision.passes.ir.fx import FxGraph
 
     image = torch.ones(2, 3, 8, 8)
-    with pytest.raises(Refused, match="is causal .* a deleted token has no next token to tell"):
+    with pytest.raises(Refused, match=r"is causal .* a deleted token has no next token to tell"):
         gated(FxGraph.trace(toys.Encoder(causal=True), (image,)), layer=1)
     with pytest.raises(NothingMatched, match="found no self-attention over tokens"):
         gated(FxGraph.trace(torch.nn.Linear(4, 4), (torch.ones(2, 4),)))

@@ -1,11 +1,10 @@
-"""What a hard gate leaves to a model's outputs: rows of deleted tokens, means, and files that plain onnxruntime runs."""
+"""What a hard gate leaves to outputs: rows of deleted tokens, means, and files that plain onnxruntime runs."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
 
-import elision
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from elision.passes.ir.fx import FxGraph
 from elision.passes.token_gate import TokenGate
 from torch import Tensor, nn
 
+import elision
 from tests.reference_gate import Gate
 from tests.zoo.export import export, onnx_outputs, quiet, saved
 from tests.zoo.model import Built, ZooModel
@@ -45,7 +45,7 @@ def first(found: Tensor | tuple) -> Tensor:
 
 
 def reference(bert: nn.Module, ids: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
-    """The last hidden states [n, C] of one sample, those of deleted tokens as they were at the gate, and who is left."""
+    """The last hidden states [n, C] of one sample, deleted tokens as they were at the gate; and who is left."""
     hidden = hidden_at(bert, ids, gate.layer)
     values = gate.values(hidden[0])
     values[0] = 0  # the class token
