@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Refused,
         VerificationError,
     )
+    from .passes.gate_control import GateController
     from .passes.ir.graph import Graph
     from .passes.pipeline import format, parse
     from .runtime.api import Result, export_onnx, optimize
@@ -73,6 +74,7 @@ _HOMES: dict[str, tuple[str, str]] = {
     "parse": (".passes.pipeline", "parse"),
     "format": (".passes.pipeline", "format"),
     "Graph": (".passes.ir.graph", "Graph"),
+    "GateController": (".passes.gate_control", "GateController"),
     "testing": (".testing", ""),
 }
 
@@ -84,6 +86,7 @@ __all__ = [
     "DynamicBatch",
     "DynamicVocabulary",
     "ElisionError",
+    "GateController",
     "Generation",
     "Generator",
     "Graph",

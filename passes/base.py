@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -32,6 +32,7 @@ BUILTIN: tuple[str, ...] = (
     "incremental",
     "window",
     "token_drop",
+    "token_gate",
     "key_scores",
     "lower",
     "head",
@@ -89,7 +90,8 @@ class PassContext:
     `force`: apply even where no saving is expected. `target`: what will run the graph, "torch" or
     "onnxruntime". `example_inputs`: tensors or arrays in the order of `graph.inputs`. `want_map`: also put
     out the composed token map. `samples`: real inputs to calibrate on, each like `example_inputs`. `formats`: the
-    quantized weights of the file that the model was loaded from (`passes.formats.SourceFormats`).
+    quantized weights of the file that the model was loaded from (`passes.formats.SourceFormats`). `read_arrays`: gives
+    the arrays of a safetensors file by name, for passes that need trained weights of their own.
     """
 
     force: bool = False
@@ -99,6 +101,7 @@ class PassContext:
     table: Table | None = None
     samples: Sequence[Sequence[Any]] | None = None
     formats: Any = None
+    read_arrays: Callable[[str], Mapping[str, np.ndarray]] | None = None
 
 
 def as_array(item: Any) -> Any:

@@ -15,6 +15,7 @@ from .analysis import signatures
 from .analysis.flow import is_float
 from .analysis.spaces import Analysis, Ends, TokenSpace, part_bounds
 from .cut_maps import WHOLE, Crossing, Level
+from .cut_whole import counted_sums, leading_out, stream_values
 from .errors import Refused
 from .ir.graph import Graph, Op, Value
 
@@ -44,6 +45,7 @@ class Cutter:
         proportional: bool,
         renumber: bool = False,
         short_outputs: bool = False,
+        null_key: bool = False,
     ) -> None:
         self.graph = graph
         self.analysis = analysis
@@ -51,8 +53,12 @@ class Cutter:
         self.mismatch: Mismatch = mismatch
         self.proportional = proportional
         self.short_outputs = short_outputs
+        self.null_key = null_key
         self.crossing = Crossing(graph, analysis, space, renumber=renumber)
         self.keys: dict[Op, Value] = {}  # the key operand of each attention as it is now
+        self._end: Op | None = None  # what makes the end of the stream that dropped tokens rest in
+        self._leading_out: set[Op] = set()
+        self._counted = counted_sums(analysis, space)
         self._whole: dict[tuple[int, Ends], Value] = {}  # (axis, ends) -> a value whose axis is still whole
         # Lengths change in place during the walk: what depends on them is read before it.
         found = {op: self._protected_part(op) for op in graph.ops_of("select", "slice", "split")}
@@ -92,6 +98,26 @@ class Cutter:
         x = self.crossing.insert("guard_rows", [x, fits], {"batch_axis": batch})[0]
         return self._level(value, x, Level(0, level, 0, size, slot, keep, source, drops=True))
 
+    def weigh_level(self, value: Value, level: Level, size: Value) -> Level:
+        """From `value` (at `level`) on the tokens, all still there, have the sizes `size`. Returns the new level."""
+        if level.size is not None:
+            raise Refused(f"%{value.name}: tokens that were merged before cannot be weighed")
+        self._token_axis(value)
+        new = Level(len(self.crossing.levels), level, level.length, size)
+        self.crossing.levels.append(new)
+        self.crossing.put(value, new, self.crossing.current(value))
+        return new
+
+    def rest_at(self, value: Value) -> None:
+        """Let dropped tokens keep the rows that they have at `value`, where all are asked for: in the stream behind
+        it, and from its end on in what leads to outputs of every token, which is then computed for all."""
+        found = stream_values(self.analysis, self.space, value)
+        self.crossing.stale = dict.fromkeys(found, self.crossing.current(value))
+        if found:
+            end = max(found, key=lambda v: self.analysis.flow.position[v.producer])  # type: ignore[index]
+            self._end = end.producer
+            self._leading_out = leading_out(self.analysis, self.space, end)
+
     def _token_axis(self, value: Value) -> dict[str, int]:
         axes = self.analysis.token_axes(self.space, value)
         if len(axes) != 1 or axes[0][1] != WHOLE:
@@ -121,6 +147,10 @@ class Cutter:
     def _visit(self, op: Op) -> None:
         ground = self.crossing.ground
         original = list(op.inputs)
+        if op in self._leading_out:
+            self._for_all(op)
+        if op in self._counted and self._count(op):
+            return
         tokens = [v for v in original if v is not None and self._tokens(v)]
         levels = [self.crossing.level(v) for v in tokens]
         target = max(levels, key=lambda level: level.number, default=ground)
@@ -157,9 +187,37 @@ class Cutter:
             if self._tokens(out):
                 self.crossing.put(out, target)
 
+    def _for_all(self, op: Op) -> None:
+        """What `op` makes of all tokens, beside what it will make of those that are left."""
+        crossing = self.crossing
+        if crossing.level(self._end_value()) is crossing.ground:
+            return
+        inputs: list[Value | None] = [
+            v if v is None else crossing.restored(v) if self._tokens(v) else crossing.current(v)
+            for v in op.inputs
+        ]
+        position = {other: index for index, other in enumerate(self.graph.ops)}
+        made_by = [v.producer for v in inputs if v is not None and v.producer is not None]
+        if crossing.cursor is not None:
+            made_by.append(crossing.cursor)
+        last = max(made_by, key=lambda one: position[one])
+        for out, new in zip(op.outputs, self.graph.repeat(op, inputs, after=last)):
+            crossing.keep_whole(out, new)
+        crossing.cursor = self.graph.ops[self.graph.ops.index(last) + 1]
+
+    def _end_value(self) -> Value:
+        assert self._end is not None
+        return self._end.output
+
+    def _count(self, op: Op) -> bool:
+        """A sum of weights over tokens of which some are gone: those that are left, as often as they count."""
+        level = self.crossing.levels[-1]
+        return level.loses and self.crossing.level(op.inputs[0]) is not level and self._pool(op, level)  # type: ignore[arg-type]
+
     def _not_again(self, op: Op, level: Level) -> None:
         """Merged tokens come back as copies; of dropped ones nothing is left that could be computed with."""
-        if any(step.drops for step in level.chain()):
+        tokens = [v for v in op.inputs if v is not None and self._tokens(v)]
+        if any(step.drops for step in level.chain()) and not all(map(self.crossing.is_whole, tokens)):
             raise Refused(
                 f"{op.target} (%{op.name}) needs all {self.space.length} tokens, of which some are gone"
             )
@@ -303,7 +361,8 @@ class Cutter:
             "keepdim": bool(op.attrs["keepdim"]),
             "mode": op.attrs["fn"],
         }
-        pooled = self.crossing.insert("pool_tokens", [self.crossing.current(value), size], attrs)[0]
+        x = self.crossing.get(value, level, op)
+        pooled = self.crossing.insert("pool_tokens", [x, size], attrs)[0]
         self.crossing.put(op.output, self.crossing.ground, pooled)
         return True
 
@@ -325,8 +384,30 @@ class Cutter:
         scale = op.attrs.get("scale")
         attrs = {"scale": float(scale) if scale else 0.0, "causal": bool(op.attrs.get("causal", False))}
         self.crossing.cursor = op
-        made = self.crossing.insert("attention", [q, k, v, op.operand(3), level.size], attrs)[0]
+        operands = [q, k, v, op.operand(3), level.size]
+        made = self.crossing.insert("attention", self._with_null(op, operands), attrs)[0]
         self.crossing.put(op.output, out_level, made)
+
+    def _with_null(self, op: Op, operands: list[Value | None]) -> list[Value | None]:
+        """The operands of an attention with one more key and value of zeros, which adds 1 to the denominator."""
+        if not self.null_key:
+            return operands
+        if op.attrs.get("causal"):
+            raise Refused(
+                f"{op.target} (%{op.name}) is causal: its queries would not see a key behind the last"
+            )
+        q, k, v, mask, size = operands
+        assert k is not None and v is not None and k.shape is not None
+
+        def pad(x: Value, axis: int, value: float) -> Value:
+            return self.crossing.insert("pad_tokens", [x], {"axis": axis, "value": value})[0]
+
+        if mask is not None:
+            if mask.shape is None or mask.shape[-1] != k.shape[-2]:
+                raise Refused(f"%{mask.name} says nothing of single keys, one more of which softmax1 needs")
+            mask = pad(mask, mask.rank - 1, 1.0 if mask.dtype == "bool" else 0.0)
+        assert size is not None
+        return [q, pad(k, k.rank - 2, 0.0), pad(v, v.rank - 2, 0.0), mask, pad(size, 1, 1.0)]
 
     def _stretch(self, op: Op, original: list[Value | None], level: Level) -> None:
         """Give a reshape or expand its new length, then recompute shapes and compare with what must come out."""

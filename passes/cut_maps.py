@@ -3,7 +3,8 @@
 Level 0 is the token space as it was. Every cut adds a level above the one it starts from. A value that must
 meet values of a higher level is *lifted* by its role (features are merged with the map, everything else takes
 the rows of the kept tokens); a value that must meet the original tokens is *restored*. A level may drop tokens instead
-of merging them: then features, too, are the rows of the kept tokens.
+of merging them: then features, too, are the rows of the kept tokens. And one may leave all tokens where they are and
+only weigh them: it has sizes and no map.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Level:
     """One level of the token space: the map that made it, and how many tokens each slot stands for.
 
     slot [B, N], keep [B, N'] and source [B, N-N'] int32; size [B, N'] float32, None where every size is 1. `drops`:
-    what is not kept is gone (slot -1)."""
+    what is not kept is gone (slot -1). Without a map the level has all tokens of the one below."""
 
     number: int
     parent: Level | None
@@ -42,6 +43,16 @@ class Level:
     composed: Value | None = None  # slot from level 0, made on demand
     shifted: dict[tuple[Ends, bool], list[Value]] = field(default_factory=dict)
     sizes: dict[Ends, Value] = field(default_factory=dict)
+
+    @property
+    def mapped(self) -> bool:
+        """False where tokens are only weighed."""
+        return self.keep is not None
+
+    @property
+    def loses(self) -> bool:
+        """True when its sizes do not add up to the tokens that there were."""
+        return self.parent is not None and (self.drops or not self.mapped)
 
     def chain(self) -> list[Level]:
         """The levels from just above level 0 to this one."""
@@ -67,6 +78,8 @@ class Crossing:
         self.at: dict[Value, Level] = {}
         self._variants: dict[tuple[Value, int, Layout], Value] = {}
         self._firsts: dict[tuple[object, ...], Value] = {}
+        self.stale: dict[Value, Value] | None = None
+        """What dropped tokens read in a restored value, for each value that can be; None: zeros, in any."""
         self.statistics: dict[str, int] = {}
         self.cursor: Op | None = None  # what is inserted goes right after it
 
@@ -116,7 +129,7 @@ class Crossing:
     def composed_slot(self, level: Level, ends: Ends) -> Value:
         """Slot at `level` of every original token, [B, N] int32."""
         if level.composed is None:
-            chain = level.chain()
+            chain = [step for step in level.chain() if step.mapped]
             below = chain[-2] if len(chain) > 1 else None
             if below is None:
                 level.composed = level.slot
@@ -186,6 +199,8 @@ class Crossing:
         chain = level.chain()
         first = self._first(value) if mine is self.ground and stands is value else value
         for step in chain[chain.index(mine) + 1 :] if mine in chain else chain:
+            if not step.mapped:
+                continue
             key = (first, step.number, layout)
             if key not in self._variants:
                 crossed = self._merged if features and not step.drops else self._selected
@@ -246,6 +261,18 @@ class Crossing:
         attrs = {"axis": axis, "start": 0, "end": -int(gone)}
         return self.insert("slice_tokens", [x], attrs)[0]
 
+    def keep_whole(self, value: Value, stands: Value) -> None:
+        """`stands` is `value` with a row for every original token."""
+        self._variants[(value, 0, OWN)] = stands
+
+    def is_whole(self, value: Value) -> bool:
+        """True when all rows of `value` are there, or can be had without making any up."""
+        return (
+            self.level(value) is self.ground
+            or (value, 0, OWN) in self._variants
+            or (self.stale is not None and value in self.stale)
+        )
+
     def restored(self, value: Value) -> Value:
         """`value` with a row for every original token: each takes the row of its slot."""
         key = (value, 0, OWN)
@@ -253,12 +280,22 @@ class Crossing:
         if found is None:
             level = self.level(value)
             found = self.current(value)
+            if not any(step.mapped for step in level.chain()):
+                return found
+            base = None if self.stale is None else self.stale.get(value)
+            if self.stale is not None and base is None and any(step.drops for step in level.chain()):
+                raise Refused(
+                    f"%{value.name} has a row for every token, and what a deleted token has there is not known"
+                )
             batch = self.analysis.batch_axis(self.space, value)
             if self.space.batch and batch is None:
                 raise Refused(f"%{value.name} must be restored to all tokens and has no batch axis")
             for axis, ends in self.analysis.token_axes(self.space, value):
                 slot = self.composed_slot(level, ends)
                 attrs = {"axis": axis, "batch_axis": -1 if batch is None else batch}
-                found = self.insert("restore_tokens", [found, slot], attrs)[0]
+                if base is None:
+                    found = self.insert("restore_tokens", [found, slot], attrs)[0]
+                else:
+                    found = self.insert("blend_tokens", [found, slot, base], attrs)[0]
             self._variants[key] = found
         return found

@@ -19,6 +19,7 @@ from .files import check_target, write_atomically
 from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
 from .runners import Runner, fx_runner, onnx_runner
 from .table import table_for
+from .tensors import read_tensors
 
 if TYPE_CHECKING:
     from .parts import PartsResult
@@ -195,6 +196,7 @@ def optimize(
         want_map=token_map,
         table=table_for(graph.host),
         samples=[_in_order(graph, sample) for sample in samples] if samples else None,
+        read_arrays=read_tensors,
     )
     pipeline = framed(given, graph.host)
     report = run_passes(graph, pipeline, context, runner, verify, tell)
@@ -257,7 +259,9 @@ def export_onnx(
     feeds = _export_feeds(graph, args, kwargs) if verify else None
     runner = onnx_runner(feeds) if feeds else None
     inputs = list(feeds.values()) if feeds else None
-    context = PassContext(force, "onnxruntime", inputs, token_map, table_for("onnx"))
+    context = PassContext(
+        force, "onnxruntime", inputs, token_map, table_for("onnx"), read_arrays=read_tensors
+    )
     report = run_passes(graph, framed(pipeline, "onnx"), context, runner, verify, tell)
     untouched = taken_back(report, graph, pipeline)
     result = Result(report.graph, report, None, type(module).__name__, untouched, context.table)

@@ -39,6 +39,7 @@ from ..passes.pipeline import parse
 from .api import framed, taken_back
 from .fragments import Fragment, fragment_of
 from .table import table_for
+from .tensors import read_tensors
 
 log = logging.getLogger("elision")
 
@@ -129,7 +130,9 @@ def run_passes(
     from ..passes.manager import run_pipeline
 
     started = time.perf_counter()
-    context = PassContext(force=ours["force"], target="torch", table=table_for("fx"))
+    context = PassContext(
+        force=ours["force"], target="torch", table=table_for("fx"), read_arrays=read_tensors
+    )
     try:
         graph = FxGraph.from_module(retrace(gm, example_inputs), example_inputs)
         report = run_pipeline(

@@ -15,6 +15,7 @@ from ..passes.errors import ElisionError
 from ..passes.ir.graph import Graph
 from .inputs import feeds_for, first_line, made_up_feeds
 from .session import session
+from .tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -172,4 +173,9 @@ def feeds_or_error(graph: Graph, given: Any, batch: int | None = None) -> dict[s
 
 def context_for(feeds: Mapping[str, np.ndarray], *, force: bool) -> PassContext:
     """What passes are told when a pipeline is only run to be timed."""
-    return PassContext(force=force, target="onnxruntime", example_inputs=list(feeds.values()))
+    return PassContext(
+        force=force,
+        target="onnxruntime",
+        example_inputs=list(feeds.values()),
+        read_arrays=read_tensors,
+    )

@@ -20,6 +20,7 @@ from .draft_tree import Proposal
 from .drafters import Draft, Guess, Verified
 from .lm_source import require
 from .lm_step import largest_of
+from .tensors import read_tensors
 
 WIDTH = 6
 """Guesses of one head."""
@@ -217,18 +218,3 @@ def save_heads(heads: Sequence[Head], file: str | Path) -> None:
 
     held = {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}
     save_file(held, str(file))
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All of a .safetensors file, as float32. Raises ModelFileError for one that is missing or something else."""
-    if path.suffix != ".safetensors":
-        raise ModelFileError(f"{path}: only .safetensors files are read; pickled weights can run any code")
-    if not path.is_file():
-        raise ModelFileError(f"{path}: there is no such file")
-    require("safetensors", "reading weights")
-    from safetensors.torch import load_file
-
-    try:
-        return {name: tensor.float().numpy() for name, tensor in load_file(str(path)).items()}
-    except Exception as error:  # safetensors' own error, or the system's
-        raise ModelFileError(f"{path}: is no safetensors file ({' '.join(str(error).split())})") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..passes.errors import ModelFileError
 from ..passes.extra_embeddings import set_extra_rows
 from ..passes.ir.graph import Graph
-from .drafter_heads import read_tensors
+from .tensors import read_tensors
 
 TENSOR = "prompt_embeddings"
 

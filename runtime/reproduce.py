@@ -23,6 +23,7 @@ from ..passes.ir.graph import Graph
 from .files import check_target, write_text
 from .inputs import first_line, made_up, made_up_feeds
 from .runners import Runner, fx_runner, onnx_runner
+from .tensors import read_tensors
 
 FORMAT = "elision-reproducer"
 EMBED = 1 << 16
@@ -202,6 +203,7 @@ def replay(path: str | os.PathLike[str]) -> Outcome:
         force=bool(asked.get("force", False)),
         target=str(asked.get("target", "torch")),
         want_map=bool(asked.get("want_map", False)),
+        read_arrays=read_tensors,
     )
     expected = (document["error_type"], document["error"])
     try:

@@ -1,4 +1,4 @@
-"""restore_tokens, select_tokens, compose_slots: reading rows through a map."""
+"""restore_tokens, blend_tokens, select_tokens, compose_slots: reading rows through a map; pad_tokens: one more row."""
 
 from __future__ import annotations
 
@@ -55,6 +55,56 @@ def _restore_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[s
 
 def np_zero(dtype: int) -> bool | int:
     return False if dtype == BOOL else 0
+
+
+def blend_tokens(y: Tensor, slot: Tensor, base: Tensor, *, axis: int, batch_axis: int = 0) -> Tensor:
+    """y with N' tokens along `axis`, slot [B, N] int32, base with N -> N tokens: each gets the row of its slot.
+
+    A dropped token (slot -1) gets its row of `base`, which has y's dtype and y's other axes. batch_axis -1: as in
+    `restore_tokens`."""
+    check_axes("blend_tokens", y.dim(), axis, batch_axis)
+    rows = take(y, slot.clamp(min=0), axis, batch_axis)
+    shape = [1] * y.dim()
+    shape[axis] = slot.shape[1]
+    if batch_axis < 0:
+        dropped = slot[0] < 0
+    else:
+        shape[batch_axis] = slot.shape[0]
+        dropped = (slot.t() if axis < batch_axis else slot) < 0
+    return torch.where(dropped.reshape(shape), base, rows)
+
+
+def _blend_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
+    rank, axis, batch = operands[0][0], attrs["axis"], attrs["batch_axis"]
+    check_axes("blend_tokens", rank, axis, batch)
+    rows, base = (body_to_rows(b, x, rank, axis, batch) for x in ("y", "base"))
+    slot = b.cast("slot", INT64)
+    own = b("Add", b.length("y", axis), b.count(b.length("slot", 1)))  # the token's row behind those of y
+    index = b("Where", b("Less", slot, b.constant(0)), own, slot)
+    found = body_take_rows(b, b("Concat", rows, base, axis=1), index)
+    return [body_from_rows(b, found, "y", rank, axis, batch)]
+
+
+def pad_tokens(x: Tensor, *, axis: int, value: float = 0.0) -> Tensor:
+    """x with one more row of `value` behind the others along `axis`; True for a value other than 0 where x is bool.
+
+    A key and a value of zeros add 1 to the denominator of a softmax: softmax1, exp(a) / (1 + sum exp(a))."""
+    shape = list(x.shape)
+    shape[axis] = 1
+    return torch.cat([x, x.new_full(shape, bool(value) if x.dtype == torch.bool else value)], axis)
+
+
+def _pad_shapes(shapes: list[Any], attrs: dict[str, Any]) -> list[Shape]:
+    shape = list(shapes[0])
+    shape[attrs["axis"]] = shape[attrs["axis"]] + 1
+    return [tuple(shape)]
+
+
+def _pad_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
+    (rank, dtype), axis = operands[0], attrs["axis"]
+    parts = [1 if a == axis else b.length("x", a) for a in range(rank)]
+    value = bool(attrs["value"]) if dtype == BOOL else attrs["value"]
+    return [b("Concat", "x", b("Expand", b.constant(value, dtype), b.join(*parts)), axis=axis)]
 
 
 def select_tokens(x: Tensor, keep: Tensor, *, axis: int, rank: int, batch_axis: int = 0) -> Tensor:
@@ -122,6 +172,35 @@ SELECT = OpDef(
     body=_select_body,
     work=lambda shapes, attrs: 0,
     full_precision=False,
+)
+BLEND = OpDef(
+    name="blend_tokens",
+    summary="Back to N tokens: each takes the row of its slot, or of another value where it was dropped.",
+    inputs=("y", "slot", "base"),
+    outputs=("x",),
+    attrs=(Attr("axis"), Attr("batch_axis", 0)),
+    reference=blend_tokens,
+    shapes=lambda shapes, attrs: [with_length(shapes[0], attrs["axis"], attrs["batch_axis"], shapes[1])],
+    dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
+    body=_blend_body,
+    custom={0: FIXED_SIZE},
+    work=lambda shapes, attrs: 0,
+    full_precision=False,
+)
+PAD = OpDef(
+    name="pad_tokens",
+    summary="One more row of a fixed value: a key that nobody wrote.",
+    inputs=("x",),
+    outputs=("y",),
+    attrs=(Attr("axis"), Attr("value", 0.0)),
+    reference=pad_tokens,
+    shapes=_pad_shapes,
+    dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
+    body=_pad_body,
+    custom={0: FIXED_SIZE},
+    work=lambda shapes, attrs: 0,
+    full_precision=False,
+    source="Miller, Attention Is Off By One, 2023 (softmax1)",
 )
 COMPOSE = OpDef(
     name="compose_slots",

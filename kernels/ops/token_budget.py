@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..body import FLOAT, INT32, INT64, Body
 from ..definition import Attr, OpDef
-from ..lengths import Dim, Shape, fraction
+from ..lengths import Dim, Shape, fraction, wanted
+from .delete_gate import body_gone
 from .match_tokens import body_sorted
 
 
@@ -33,16 +34,16 @@ def top_tokens(
     candidate = score >= 0 if among is None else (score >= 0) & (among >= 0)
     found = candidate.sum(1, keepdim=True)
     if counts is not None:
-        wanted = counts[:, None].long()
+        most = counts[:, None].long()
     elif count >= 0:
-        wanted = torch.full_like(found, count)
+        most = torch.full_like(found, count)
     else:
         share = fraction(ratio)
-        wanted = found * share.numerator // share.denominator
+        most = found * share.numerator // share.denominator
     order = torch.sort(torch.where(candidate, score, -1.0), dim=1, descending=True, stable=True).indices
     places = torch.arange(score.shape[1], device=score.device).expand_as(order)
     rank = torch.zeros_like(order).scatter(1, order, places)
-    flags = torch.where(candidate, (rank < torch.minimum(wanted, found)).float(), -1.0)
+    flags = torch.where(candidate, (rank < torch.minimum(most, found)).float(), -1.0)
     return flags[:1].expand_as(flags).clone() if shared else flags
 
 
@@ -70,25 +71,31 @@ def _top_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
 
 
 def drop_tokens(
-    flags: Tensor, valid: Tensor | None = None, *, count: int, prefix: int = 0, suffix: int = 0
+    flags: Tensor,
+    valid: Tensor | None = None,
+    *,
+    count: int = -1,
+    ratio: float = -1.0,
+    prefix: int = 0,
+    suffix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """flags [B, N], valid [B or 1, N] (> 0: no padding) -> a map onto N - count slots, and two checks of it.
+    """flags [B, N], valid [B or 1, N] (> 0: no padding) -> a map onto N' slots, and two checks of it.
 
-    slot [B, N], keep [B, N-count], source [B, count] int32; size [B, N-count] and fits [B] float32. Tokens keep their
-    order. Wanted are tokens with a flag other than 0 that are no padding; the first `prefix` and the last `suffix`
-    tokens keep their place, padding or not. A sample that wants fewer than there are slots fills up with others, whose
-    size is 0 (nothing attends to them) and whose slot is -1; one that wants more does not fit (fits 0), and all of its
-    tokens have slot 0."""
+    `count` tokens go, or floor(ratio * N). slot [B, N], keep [B, N'], source [B, N-N'] int32; size [B, N'] and fits
+    [B] float32. Tokens keep their order. Wanted are tokens with a flag other than 0 that are no padding; the first
+    `prefix` and the last `suffix` tokens keep their place, padding or not. A sample that wants fewer than there are
+    slots fills up with others, whose size is 0 (nothing attends to them) and whose slot is -1; one that wants more does
+    not fit (fits 0), and all of its tokens have slot 0."""
     batch, length = flags.shape
-    wanted = flags != 0 if valid is None else (flags != 0) & (valid > 0)
-    left = length - count
+    asked = flags != 0 if valid is None else (flags != 0) & (valid > 0)
+    left = length - wanted(length, count, ratio)
     places = torch.arange(length, device=flags.device).expand(batch, length)
-    stays = wanted | (places < prefix) | (places >= length - suffix)
+    stays = asked | (places < prefix) | (places >= length - suffix)
     order = torch.sort(torch.where(stays, places, places + length), dim=1).indices
     keep = torch.sort(order[:, :left], dim=1).values
     source = torch.sort(order[:, left:], dim=1).values
     slot = torch.where(stays, torch.full_like(places, -1).scatter(1, keep, places[:, :left]), -1)
-    size = torch.gather(wanted.float(), 1, keep)
+    size = torch.gather(asked.float(), 1, keep)
     fits = (stays.sum(1) <= left).float()
     slot = torch.where(fits[:, None] > 0, slot, 0)
     return slot.int(), keep.int(), source.int(), size, fits
@@ -96,13 +103,14 @@ def drop_tokens(
 
 def _drop_shapes(shapes: list[Any], attrs: dict[str, Any]) -> list[Shape]:
     batch, length = shapes[0]
-    left: Dim = length - attrs["count"]
-    return [(batch, length), (batch, left), (batch, attrs["count"]), (batch, left), (batch,)]
+    gone: Dim = wanted(length, attrs["count"], attrs["ratio"])
+    left: Dim = length - gone
+    return [(batch, length), (batch, left), (batch, gone), (batch, left), (batch,)]
 
 
 def _drop_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     batch, length = b.length("flags", 0), b.length("flags", 1)
-    left = b("Sub", length, b.constant([attrs["count"]]))
+    left = b("Sub", length, body_gone(b, length, attrs))
     wanted = b("Not", b("Equal", "flags", b.constant(0.0, FLOAT)))
     if operands[1] is not None:
         wanted = b("And", wanted, b("Greater", "valid", b.constant(0.0, FLOAT)))
@@ -156,10 +164,10 @@ TOP = OpDef(
 )
 DROP = OpDef(
     name="drop_tokens",
-    summary="The map that leaves `count` tokens out: flagged 0 or padding; which slots are real, and whether it fits.",
+    summary="The map that leaves a number or share of tokens out: flagged 0 or padding; what is real, and if it fits.",
     inputs=("flags", "valid?"),
     outputs=("slot", "keep", "source", "size", "fits"),
-    attrs=(Attr("count"), Attr("prefix", 0), Attr("suffix", 0)),
+    attrs=(Attr("count", -1), Attr("ratio", -1.0), Attr("prefix", 0), Attr("suffix", 0)),
     reference=drop_tokens,
     opaque_shapes=True,
     shapes=_drop_shapes,

@@ -83,17 +83,22 @@ def _compares_positions(analysis: Analysis, op: Op) -> bool:
 
 
 def _is_triangle(analysis: Analysis, value: Value) -> bool:
-    """A constant whose last two axes hold one value up to the diagonal and another above it."""
+    """A constant that hides what is above the diagonal of its last two axes and nothing else, whatever it adds to the
+    rest (a bias of positions that was folded into it); or one that holds one value there and another elsewhere."""
+    from ...kernels.ops.valid_size import THRESHOLD
+
     if not analysis.graph.is_constant(value) or value.shape is None or value.rank < 2:
         return False
     if value.shape[-1] != value.shape[-2] or value.shape[-1] in (0, 1):
         return False
-    if not all(d == 1 for d in value.shape[:-2]):
-        return False
     data = analysis.graph.constant_value(value)
     if data is None:
         return False
-    square = np.asarray(data, dtype=np.float64).reshape(data.shape[-2:])
-    upper = np.triu(np.ones(square.shape, dtype=bool), 1)
-    above, below = square[upper], square[~upper]
-    return bool((above == above[0]).all() and (below == below[0]).all() and above[0] != below[0])
+    squares = np.asarray(data, dtype=np.float64).reshape(-1, *data.shape[-2:])
+    upper = np.triu(np.ones(squares.shape[1:], dtype=bool), 1)
+    above, below = squares[:, upper], squares[:, ~upper]
+    if data.dtype != bool and bool((above <= THRESHOLD).all() and (below > THRESHOLD).all()):
+        return True
+    return len(squares) == 1 and bool(
+        (above == above[0, 0]).all() and (below == below[0, 0]).all() and above[0, 0] != below[0, 0]
+    )

@@ -271,7 +271,7 @@ def _elision(op: Op) -> Groups:
         other = op.operand(1)
         if name in ("gated", "add_rms_norm", "overlay_rows") and other is not None:
             yield from one_to_one(x, other)
-    elif name.startswith(("merge_tokens", "restore_tokens")):
+    elif name.startswith(("merge_tokens", "restore_tokens", "blend_tokens")):
         for axis in range(x.rank):
             if axis != op.attrs["axis"]:
                 yield [(x, axis), (op.output, axis)]

@@ -296,20 +296,30 @@ class FxGraph(FxState):
 
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         """A new buffer (not part of the state_dict), on the device of the graph's first tensor."""
-        wanted = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
-        count, free = 0, wanted
-        while hasattr(self.module, free):
-            count += 1
-            free = f"{wanted}_{count}"
-        with unset_fake_temporarily():
-            tensor = fx_nodes.to_tensor(array, self._device())
+        free, tensor = self._new_tensor(array, name)
         self.module.register_buffer(free, tensor, persistent=False)
+        return self._attribute_of(free, tensor, "constant")
+
+    def insert_parameter(self, array: np.ndarray, name: str) -> Value:
+        """A new parameter of the module, on the device of the graph's first tensor."""
+        free, tensor = self._new_tensor(array, name)
+        with unset_fake_temporarily():
+            parameter = torch.nn.Parameter(tensor)
+        self.module.register_parameter(free, parameter)
+        return self._attribute_of(free, parameter, "parameter")
+
+    def _new_tensor(self, array: np.ndarray, name: str) -> tuple[str, torch.Tensor]:
+        wanted = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+        with unset_fake_temporarily():
+            return fx_nodes.free_name(self.module, wanted), fx_nodes.to_tensor(array, self._device())
+
+    def _attribute_of(self, name: str, tensor: torch.Tensor, origin: str) -> Value:
         graph = self.module.graph
         with graph.inserting_before(self._first_call()):
-            node = graph.create_node("get_attr", free, name=free)
+            node = graph.create_node("get_attr", name, name=name)
         node.meta["val"] = self._mode.from_tensor(tensor, static_shapes=True)
         self._changed()
-        return self._new_value(node, "constant")
+        return self._new_value(node, origin)
 
     def set_operand(self, op: Op, index: int, value: Value) -> None:
         paths = self._paths[op]

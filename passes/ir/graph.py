@@ -153,6 +153,10 @@ class Graph(abc.ABC):
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         """A new constant of the graph."""
 
+    def insert_parameter(self, array: np.ndarray, name: str) -> Value:
+        """A new parameter: what training may change. A host that does not train has it as a constant."""
+        return self.insert_constant(array, name)
+
     @abc.abstractmethod
     def set_operand(self, op: Op, index: int, value: Value) -> None:
         """Let operand `index` of `op` be `value`."""

@@ -90,13 +90,24 @@ def test_masks_written_with_comparisons_and_triangles_are_causal():
         def forward(self, x):
             return super().forward(x, mask=self.mask)
 
+    class Biased(Constant):  # a bias of positions for each head, folded into the triangle
+        def __init__(self):
+            super().__init__()
+            self.mask = torch.randn(1, 2, 7, 7) + torch.full((7, 7), -1e9).triu(1)
+
+    class OnlyBias(Constant):
+        def __init__(self):
+            super().__init__()
+            self.mask = torch.randn(1, 2, 7, 7)
+
     class Local(toys.Block):
         def forward(self, x):
             n = torch.arange(x.shape[1])
             return super().forward(x, mask=(n[None, :] - n[:, None]).abs() <= 2)
 
     x = (torch.randn(2, 7, 16),)
-    for kind, causal in ((Compared, True), (Triangle, True), (Constant, True), (Local, False)):
+    kinds = {Compared: True, Triangle: True, Constant: True, Biased: True, OnlyBias: False, Local: False}
+    for kind, causal in kinds.items():
         found = analysis(kind(), x)
         assert bool(causal_because(found, found.spaces[0].blocks[0].attention)) is causal, kind
 

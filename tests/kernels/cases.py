@@ -412,7 +412,50 @@ def _dropping() -> list[Case]:
     ]
 
 
+def _gates() -> list[Case]:
+    valid = torch.tensor([[1.0] * 7, [1, 1, 1, 1, 1, 0, 0]])
+    ends = {"prefix": 1, "suffix": 1, "last": 2}
+
+    def gated(dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+        return [torch.randn(2, 7, 5).to(dtype), torch.randn(5), torch.tensor([0.3])]
+
+    def gates() -> Tensor:
+        return -30 * torch.rand(2, 7)
+
+    slot = torch.tensor([[0, -1, 1, -1, 2], [-1, 0, 1, 2, -1]], dtype=torch.int32)
+    return [
+        Case("delete_gate", "plain", lambda: gated(), {}),
+        Case("delete_gate", "padded, ends", lambda: [*gated(), valid], {"k": -10.0, "norm": "layer", **ends}),
+        Case("delete_gate", "half", lambda: [*gated(torch.float16), valid], {"last": 1}),
+        Case("delete_gate", "no norm, ends", lambda: gated(), {"norm": "none", **ends}),
+        Case("gate_budget", "threshold", lambda: [gates()], {}),
+        Case("gate_budget", "share", lambda: [gates(), valid], {"ratio": 0.4, "threshold": -25.0, **ends}),
+        Case("gate_budget", "count", lambda: [gates(), valid], {"count": 3, "threshold": -28.0, **ends}),
+        Case("gate_budget", "no padding", lambda: [gates()], {"ratio": 0.4, "threshold": -30.0, "last": 1}),
+        Case("drop_tokens", "share", lambda: [(gates() > -15).float(), valid], {"ratio": 0.4}),
+        Case(
+            "blend_tokens", "plain", lambda: [torch.randn(2, 3, 4), slot, torch.randn(2, 5, 4)], {"axis": 1}
+        ),
+        Case(
+            "blend_tokens",
+            "tokens first",
+            lambda: [torch.randn(3, 2), slot, torch.randn(5, 2)],
+            {"axis": 0, "batch_axis": 1},
+        ),
+        Case(
+            "blend_tokens",
+            "no batch",
+            lambda: [torch.randn(3, 4), slot[:1], torch.randn(5, 4)],
+            {"axis": 0, "batch_axis": -1},
+        ),
+        Case("pad_tokens", "keys", lambda: [torch.randn(2, 4, 5, 8)], {"axis": 2}),
+        Case("pad_tokens", "size", lambda: [torch.rand(2, 5)], {"axis": 1, "value": 1.0}),
+        Case("pad_tokens", "mask", lambda: [torch.rand(2, 1, 1, 5) > 0.5], {"axis": 3, "value": 1.0}),
+    ]
+
+
 CASES = [
+    *_gates(),
     *_norms(),
     *_dropping(),
     *_matching(),

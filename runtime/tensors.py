@@ -1,0 +1,27 @@
+"""Reading weights out of safetensors files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ..passes.errors import ModelFileError
+from .lm_source import require
+
+
+def read_tensors(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """All of a .safetensors file, as float32. Raises ModelFileError for one that is missing or something else."""
+    path = Path(file)
+    if path.suffix != ".safetensors":
+        raise ModelFileError(f"{path}: only .safetensors files are read; pickled weights can run any code")
+    if not path.is_file():
+        raise ModelFileError(f"{path}: there is no such file")
+    require("safetensors", "reading weights")
+    from safetensors.torch import load_file
+
+    try:
+        return {name: tensor.float().numpy() for name, tensor in load_file(str(path)).items()}
+    except Exception as error:  # safetensors' own error, or the system's
+        raise ModelFileError(f"{path}: is no safetensors file ({' '.join(str(error).split())})") from error
