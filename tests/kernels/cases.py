@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .embedding_cases import embedding_calls
 from .linear_cases import linear_calls
+from .segment_cases import segment_calls
 from .step_cases import JOINED, STEPS
 
 
@@ -408,6 +409,7 @@ def _dropping() -> list[Case]:
 
 
 CASES = [
+    *(Case(*call) for call in segment_calls()),
     *_norms(),
     *_dropping(),
     *_matching(),
