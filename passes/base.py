@@ -29,6 +29,7 @@ BUILTIN: tuple[str, ...] = (
     "incremental",
     "window",
     "token_drop",
+    "segment_merge",
     "key_scores",
     "lower",
     "head",

@@ -296,20 +296,36 @@ class FxGraph(FxState):
 
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         """A new buffer (not part of the state_dict), on the device of the graph's first tensor."""
+        tensor = self._tensor(array)
+        free = self._free_attribute(name)
+        self.module.register_buffer(free, tensor, persistent=False)
+        return self._attribute_value(free, tensor, "constant")
+
+    def insert_parameter(self, array: np.ndarray, name: str) -> Value:
+        tensor = torch.nn.Parameter(self._tensor(array))
+        free = self._free_attribute(name)
+        self.module.register_parameter(free, tensor)
+        return self._attribute_value(free, tensor, "parameter")
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        with unset_fake_temporarily():
+            return fx_nodes.to_tensor(array, self._device())
+
+    def _free_attribute(self, name: str) -> str:
         wanted = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
         count, free = 0, wanted
         while hasattr(self.module, free):
             count += 1
             free = f"{wanted}_{count}"
-        with unset_fake_temporarily():
-            tensor = fx_nodes.to_tensor(array, self._device())
-        self.module.register_buffer(free, tensor, persistent=False)
+        return free
+
+    def _attribute_value(self, name: str, tensor: torch.Tensor, origin: str) -> Value:
         graph = self.module.graph
         with graph.inserting_before(self._first_call()):
-            node = graph.create_node("get_attr", free, name=free)
+            node = graph.create_node("get_attr", name, name=name)
         node.meta["val"] = self._mode.from_tensor(tensor, static_shapes=True)
         self._changed()
-        return self._new_value(node, "constant")
+        return self._new_value(node, origin)
 
     def set_operand(self, op: Op, index: int, value: Value) -> None:
         paths = self._paths[op]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
 
 from ..errors import ElisionError, Refused
 from . import fx_call, fx_lengths, fx_nodes
@@ -81,6 +83,11 @@ class FxState(FxView):
             node = graph.placeholder(_identifier(name))
         with self._mode:
             node.meta["val"] = torch.empty(sizes, dtype=getattr(torch, dtype), device=self._device())
+        info = getattr(graph._codegen, "pytree_info", None)
+        if info is not None:
+            codegen: Any = copy.copy(graph._codegen)
+            codegen.pytree_info = _with_argument(info, str(node.target))
+            graph.set_codegen(codegen)
         self._changed()
         value = self._new_value(node, "input")
         self.inputs.append(value)
@@ -202,6 +209,17 @@ class FxState(FxView):
         shape = [length if isinstance(s, torch.SymInt) and s.node.expr == symbol else s for s in fake.shape]
         with self._mode:
             node.meta["val"] = torch.empty(shape, dtype=fake.dtype, device=fake.device)
+
+
+def _with_argument(info: Any, name: str) -> Any:
+    """A call signature with one more argument at its end, by position or by name."""
+    spec = info.in_spec
+    if not (spec.type is tuple and spec.num_children == 2 and spec.child(1).type is dict):
+        raise ElisionError(f"the call of this graph cannot be given the argument {name}")
+    named = spec.child(1)
+    more = pytree.TreeSpec(dict, [*named.context, name], [*named.children_specs, pytree.LeafSpec()])
+    both = pytree.TreeSpec(tuple, None, [spec.child(0), more])
+    return info._replace(orig_args=[*info.orig_args, name], in_spec=both)
 
 
 def _identifier(name: str) -> str:

@@ -153,6 +153,10 @@ class Graph(abc.ABC):
     def insert_constant(self, array: np.ndarray, name: str) -> Value:
         """A new constant of the graph."""
 
+    def insert_parameter(self, array: np.ndarray, name: str) -> Value:
+        """A new weight of the graph, which is trained with the others and stored with them."""
+        return self.insert_constant(array, name)
+
     @abc.abstractmethod
     def set_operand(self, op: Op, index: int, value: Value) -> None:
         """Let operand `index` of `op` be `value`."""
@@ -187,7 +191,7 @@ class Graph(abc.ABC):
         raise ElisionError(f"a graph of {self.host} cannot be evaluated in part")
 
     def add_input(self, name: str, dtype: str, shape: Sequence[Dim | str]) -> Value:
-        """A new input behind the present ones. A string in `shape` is a new symbolic length of that name, the
+        """A new input behind the present ones; of a torch module its last argument, by position or by name. A string in `shape` is a new symbolic length of that name, the
         same for the same string in all of this graph's calls; a sympy dim must be one the graph knows."""
         raise ElisionError(f"a graph of {self.host} cannot be given inputs")
 
