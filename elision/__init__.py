@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .runtime.generate import Generation, Generator
     from .runtime.iree import compile_iree, run_iree
     from .runtime.mlir import export_mlir
+    from .runtime.segments import count_units, identifiers, segments_of, slots_of, words
     from .runtime.session import session
 
 __version__ = "0.1.0"
@@ -43,6 +44,11 @@ _HOMES: dict[str, tuple[str, str]] = {
     "DiffusionGenerator": (".runtime.diffusion", "DiffusionGenerator"),
     "DiffusionGeneration": (".runtime.diffusion", "DiffusionGeneration"),
     "session": (".runtime.session", "session"),
+    "segments_of": (".runtime.segments", "segments_of"),
+    "slots_of": (".runtime.segments", "slots_of"),
+    "count_units": (".runtime.segments", "count_units"),
+    "identifiers": (".runtime.segments", "identifiers"),
+    "words": (".runtime.segments", "words"),
     "ElisionError": (".passes.errors", "ElisionError"),
     "Refused": (".passes.errors", "Refused"),
     "NothingMatched": (".passes.errors", "NothingMatched"),
@@ -80,16 +86,21 @@ __all__ = [
     "VerificationError",
     "__version__",
     "compile_iree",
+    "count_units",
     "export_mlir",
     "export_onnx",
     "format",
+    "identifiers",
     "known_passes",
     "optimize",
     "parse",
     "register",
     "run_iree",
+    "segments_of",
     "session",
+    "slots_of",
     "testing",
+    "words",
 ]
 
 

@@ -160,6 +160,7 @@ def optimize(
     pipeline = framed(given, graph.host)
     report = run_passes(graph, pipeline, context, runner, verify, tell)
     untouched = taken_back(report, graph, given)
+    example = with_added(example, report)
     module = _own_module(target) if untouched and graph.host == "fx" else None
     return Result(report.graph, report, example, source, untouched, context.table, module)
 
@@ -224,6 +225,17 @@ def export_onnx(
     tell("writing the file")
     result.save(file)
     return result
+
+
+def with_added(example: Any, report: Any) -> Any:
+    """The example arguments of a torch graph with those that passes let it take besides, by name."""
+    added = {name: array for p in report.passes if p.changed for name, array in p.extra.get("added_inputs", {}).items()}
+    if example is None or not added:
+        return example
+    import torch
+
+    args, kwargs = example
+    return args, {**kwargs, **{name: torch.from_numpy(array) for name, array in added.items()}}
 
 
 def _export_feeds(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

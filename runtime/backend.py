@@ -31,7 +31,7 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..passes.base import Pass, PassContext
-from ..passes.errors import ElisionError, NothingMatched, PipelineError
+from ..passes.errors import ElisionError, NothingMatched, PipelineError, Refused
 from ..passes.options import nearest
 from ..passes.pipeline import format as format_pipeline
 from ..passes.pipeline import key as pipeline_key
@@ -146,6 +146,11 @@ def run_passes(
     for single in report.passes:
         if single.declined:
             warnings.warn(f"{single.name} left the graph as it was: {single.declined}", stacklevel=2)
+    if len(report.graph.inputs) != len(graph.inputs):
+        raise Refused(
+            f"{text} gives the graph other inputs, which a compiled call cannot pass: run elision.optimize first, and "
+            "compile its module"
+        )
     if taken_back(report, graph, pipeline):
         return None  # Inductor gets Dynamo's own graph: the same kernels, bit for bit
     return _as_dynamo_graph(report.graph.to_module(), gm)  # type: ignore[attr-defined]

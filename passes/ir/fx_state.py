@@ -216,9 +216,8 @@ def _with_argument(info: Any, name: str) -> Any:
     spec = info.in_spec
     if not (spec.type is tuple and spec.num_children == 2 and spec.child(1).type is dict):
         raise ElisionError(f"the call of this graph cannot be given the argument {name}")
-    named = spec.child(1)
-    more = pytree.TreeSpec(dict, [*named.context, name], [*named.children_specs, pytree.LeafSpec()])
-    both = pytree.TreeSpec(tuple, None, [spec.child(0), more])
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    both = pytree.tree_structure((args, {**kwargs, name: spec.num_leaves}))
     return info._replace(orig_args=[*info.orig_args, name], in_spec=both)
 
 
