@@ -219,7 +219,7 @@ class _Manager:
         if outcome.signature is not None:
             self.context = replace(self.context, example_inputs=outcome.signature.after)
         after = _State(trial, self.cost(trial), signature=signature)
-        after.inputs = None if signature is None else signature.after
+        after.inputs = None if signature is None or self.adds(signature, state) else signature.after
         report.declined = self.not_worth_it(single, state.cost, after.cost)
         if report.declined:
             return state, report
@@ -277,6 +277,11 @@ class _Manager:
             ) from error
         return self.compare(single, before.graph, before.graph.outputs, reference, actual)
 
+    def adds(self, signature: NewSignature, before: _State) -> bool:
+        """Whether a graph of this signature is run as the one before, with inputs more."""
+        able = signature.added is not None and hasattr(self.runner, "with_inputs")
+        return able and before.inputs is None
+
     def check_signature(
         self, single: Pass, before: _State, after: _State, signature: NewSignature
     ) -> list[Drift] | None:
@@ -288,6 +293,10 @@ class _Manager:
             self.runner = None
             return None
         given = _State(before.graph, before.cost, inputs=signature.before)
+        if self.adds(signature, before):
+            given = before
+            self.reference(given)
+            self.runner = self.runner.with_inputs(signature.added)  # type: ignore[attr-defined]
         reference = [self.reference(given)[i] for i in signature.outputs]
         try:
             actual = self.run(after)
@@ -333,6 +342,8 @@ class _Manager:
             return None
         signature = last.signature
         if signature is not None:
+            if self.adds(signature, last) and first.outputs is not None:
+                return drifts.compare([v.name for v in first.graph.outputs], first.outputs, last.outputs)
             given = self.run(_State(first.graph, first.cost, inputs=signature.before))
             reference = [given[i] for i in signature.outputs]
             names = [first.graph.outputs[i].name for i in signature.outputs]

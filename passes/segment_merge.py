@@ -141,8 +141,9 @@ class SegmentMerge(Pass):
             outcome.signature = NewSignature()
         else:
             given = examples.arrays
-            outcome.signature = NewSignature(given, [*given, *added], outputs)
-            outcome.extra["added_inputs"] = dict(zip([options.input, SLOTS], added))
+            named = dict(zip([options.input, SLOTS], added))
+            outcome.signature = NewSignature(given, [*given, *added], outputs, added=named)
+            outcome.extra["added_inputs"] = named
             outcome.notes.append("outputs were compared with neighbours as units, evenly over the tokens")
         return outcome
 

@@ -17,7 +17,7 @@ from ..passes.ir.graph import Graph
 from ..passes.pipeline import Passes, parse
 from .files import check_target, write_atomically
 from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
-from .runners import Runner, fx_runner, onnx_runner
+from .runners import Remembered, Runner, fx_runner, onnx_runner
 from .table import table_for
 
 NOISY = ("torch.onnx", "torch.export", "torch._subclasses.fake_tensor", "onnxscript", "onnx_ir")
@@ -229,7 +229,7 @@ def export_onnx(
 
 def with_added(example: Any, report: Any) -> Any:
     """The example arguments of a torch graph with those that passes let it take besides, by name."""
-    added = {name: array for p in report.passes if p.changed for name, array in p.extra.get("added_inputs", {}).items()}
+    added = {n: a for p in report.passes if p.changed for n, a in (p.extra.get("added_inputs") or {}).items()}
     if example is None or not added:
         return example
     import torch
@@ -371,7 +371,7 @@ def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
         logging.getLogger("elision").info("made-up inputs do not run; give example inputs to check numerics")
         return None
     # The pass manager begins with the same graph; a large model is not run twice for that.
-    return lambda asked: first if asked is graph else plain(asked)
+    return Remembered(plain, graph, first)
 
 
 @contextlib.contextmanager
