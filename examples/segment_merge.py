@@ -1,9 +1,9 @@
 """Trains a small encoder of code on a real task and merges the tokens of every identifier behind one of its layers.
 
-The task: of which module of Python's standard library is this function? A model of a million weights or fewer learns it on
-functions without their docstrings, over byte-level BPE; then `segment-merge` is applied behind layer 0, 2, 4 and the last,
-and each graph is trained on for a short while, as the model without it is. The table says what is computed and how many
-held-out functions are named right, before and after.
+The task: of which module of Python's standard library is this function? A model of a million weights or fewer learns
+it on functions without their docstrings, over byte-level BPE; then `segment-merge` is applied behind layer 0, 2, 4 and
+the last, and each graph is trained on for a short while, as the model without it is. The table says what is computed
+and how many held-out functions are named right, before and after.
 
     python examples/segment_merge.py [--out table.md] [--page docs/segment_merge.md] [--tiny]
 
@@ -22,12 +22,13 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import elision
 import numpy as np
 import torch
 import transformers as hf
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
+
+import elision
 
 SKIPPED = {"test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__phello__"}
 BEGIN, END = "<!-- begin results -->", "<!-- end results -->"
@@ -48,7 +49,9 @@ class Sizes:
     batch: int = 32
 
 
-TINY = Sizes(classes=4, functions=24, length=48, width=32, layers=6, vocabulary=500, epochs=1, more=1, batch=16)
+TINY = Sizes(
+    classes=4, functions=24, length=48, width=32, layers=6, vocabulary=500, epochs=1, more=1, batch=16
+)
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,15 @@ def prepare(sizes: Sizes) -> tuple[list[str], Data, Data]:
     held = torch.arange(len(texts)) % 5 == 0
     bpe = ByteLevelBPETokenizer()
     trained_on = [text for text, out in zip(texts, held.tolist()) if not out]
-    bpe.train_from_iterator(trained_on, vocab_size=sizes.vocabulary, special_tokens=["<pad>", "<s>", "</s>", "<unk>"])
+    bpe.train_from_iterator(
+        trained_on, vocab_size=sizes.vocabulary, special_tokens=["<pad>", "<s>", "</s>", "<unk>"]
+    )
     fast = hf.PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=bpe._tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     encoding = fast(
         texts, padding="max_length", truncation=True, max_length=sizes.length - 1, return_tensors="pt"
@@ -201,7 +210,10 @@ def run(sizes: Sizes) -> list[str]:
     """The results as a table in markdown."""
     torch.manual_seed(0)
     names, train_set, held_out = prepare(sizes)
-    print(f"{len(train_set.labels)} functions of {len(names)} modules, {len(held_out.labels)} held out", flush=True)
+    print(
+        f"{len(train_set.labels)} functions of {len(names)} modules, {len(held_out.labels)} held out",
+        flush=True,
+    )
     base = Classifier(sizes, len(names))
     weights = sum(p.numel() for p in base.parameters())
     train(base, train_set, sizes, sizes.epochs, 2e-3, merged=False)
@@ -210,8 +222,8 @@ def run(sizes: Sizes) -> list[str]:
     slots = slots_needed(train_set)
     head = [
         f"{len(names)} modules, {len(train_set.labels)} functions to learn from and {len(held_out.labels)} held out; "
-        f"{sizes.layers} layers of width {sizes.width}, {weights / 1e6:.2f} million weights, {sizes.length} tokens of which "
-        f"{slots} slots stay; `python examples/segment_merge.py`, seeds fixed.",
+        f"{sizes.layers} layers of width {sizes.width}, {weights / 1e6:.2f} million weights, {sizes.length} tokens, "
+        f"of which {slots} slots stay; `python examples/segment_merge.py`, seeds fixed.",
         "",
         "| tokens become one | strategy | MFLOP a function | right at once | right after training on |",
         "| --- | --- | --- | --- | --- |",
@@ -242,10 +254,14 @@ def run(sizes: Sizes) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="write the table here")
     parser.add_argument("--page", type=Path, help=f"put it between {BEGIN} and {END} of this page")
-    parser.add_argument("--tiny", action="store_true", help="a minute's run that shows nothing but that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a minute's run that shows nothing but that it runs"
+    )
     given = parser.parse_args()
     torch.set_num_threads(2)
     table = "\n".join(run(TINY if given.tiny else Sizes()))

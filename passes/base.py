@@ -52,8 +52,8 @@ class NewSignature:
     """A graph that takes other inputs than before, and how to compare the two all the same.
 
     `before`: arrays for the inputs of the graph that the pass was given; `after`: arrays for those of its result,
-    on which output i must equal output `outputs[i]` of the former (its last rows, where `last_rows` and it had
-    fewer). None without example inputs: then nothing is compared. `added`: where the pass has done no more than add inputs,
+    on which output i must equal output `outputs[i]` of the former (its last rows, where `last_rows` and it had fewer).
+    None without example inputs: then nothing is compared. `added`: where the pass has done no more than add inputs,
     arrays for those by name."""
 
     before: list[Any] | None = None

@@ -243,7 +243,9 @@ class Crossing:
         for axis, ends in axes:
             slot, keep, _ = self.map_of(step, ends)
             attrs = {"axis": axis + rank - own_rank, "rank": rank, "batch_axis": batch_axis}
-            x = self.insert("any_tokens" if pairs else "select_tokens", [x, slot, keep] if pairs else [x, keep], attrs)[0]
+            x = self.insert(
+                "any_tokens" if pairs else "select_tokens", [x, slot, keep] if pairs else [x, keep], attrs
+            )[0]
         return x
 
     def _renumbered(

@@ -1,10 +1,10 @@
 """Merging by units: the tokens of an identifier or a word become one behind a layer of an encoder.
 
-Saad, Li, Sharma and Hassan, "Token merging for code models" (arXiv 2507.14423, 2025): the hidden states of the sub-tokens
-of one semantic unit are averaged, or weighed by learned attention, and the rest of the model computes on fewer tokens. What
-a unit is comes from outside, as one number a token (`elision.segments_of`), in an input that the graph gains. `cut.py`
-repairs everything behind: masks, position tables and relative biases, a decoder's attention to the shorter memory, outputs
-with a row for every token.
+Saad, Li, Sharma and Hassan, "Token merging for code models" (arXiv 2507.14423, 2025): the hidden states of the
+sub-tokens of one semantic unit are averaged, or weighed by learned attention, and the rest of the model computes on
+fewer tokens. What a unit is comes from outside, as one number a token (`elision.segments_of`), in an input that the
+graph gains. `cut.py` repairs everything behind: masks, position tables and relative biases, a decoder's attention to
+the shorter memory, outputs with a row for every token.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .writer import Writer
 class SegmentOptions:
     """`layer`: tokens become one behind so many layers, 0 is right behind the embeddings; -1 is behind the last one.
     `strategy`: the mean of a unit's tokens, or a weighted mean by attention to one learned query, which starts as the
-    mean. `capacity`: how many slots a sample has, a share of its tokens (up to 1) or a number (2 and more), or dynamic: as
-    many as an input `slots` is long. `bucket`: a static capacity is rounded up to a multiple of it. `overflow`: of a
-    sample with more units than slots neighbours share a slot, evenly over the sample; or its outputs are NaN.
-    `proportional`: a unit counts in attention as often as it has tokens. `input`: the name of the input that says which
-    tokens are a unit."""
+    mean. `capacity`: how many slots a sample has, a share of its tokens (up to 1) or a number (2 and more), or
+    dynamic: as many as an input `slots` is long. `bucket`: a static capacity is rounded up to a multiple of it.
+    `overflow`: of a sample with more units than slots neighbours share a slot, evenly over the sample; or its outputs
+    are NaN. `proportional`: a unit counts in attention as often as it has tokens. `input`: the name of the input that
+    says which tokens are a unit."""
 
     layer: int = 0
     strategy: Literal["average", "learned"] = "average"
@@ -183,8 +183,8 @@ class SegmentMerge(Pass):
 
 
 def the_space(analysis: Analysis) -> TokenSpace:
-    """The tokens that are merged: those of the only space, or of the encoder that a decoder reads. Raises NothingMatched,
-    Refused."""
+    """The tokens that are merged: those of the only space, or of the encoder that a decoder reads. Raises
+    NothingMatched, Refused."""
     spaces = [space for space in analysis.spaces if space.blocks]
     if not spaces:
         graph = analysis.graph
@@ -261,6 +261,8 @@ class _Examples:
         room = max(left - prefix - suffix, 1)
         places = np.arange(length)
         middle = prefix + (places - prefix) * room // max(inner, 1)
-        number = np.where(places < prefix, places, np.where(places < length - suffix, middle, places + length))
+        number = np.where(
+            places < prefix, places, np.where(places < length - suffix, middle, places + length)
+        )
         made = [np.broadcast_to(number, (batch, length)).astype(np.int64)]
         return made if slots is not None else [*made, np.arange(left, dtype=np.int64)]

@@ -1,7 +1,7 @@
 """Units of a text for the pass `segment-merge`: which tokens are one identifier, or one word.
 
-A tokenizer says where in the text each token stands; a lexer or a pattern says where units stand. Both together give one
-number for each token, in the order of the text, which is what the graph's input `segments` wants.
+A tokenizer says where in the text each token stands; a lexer or a pattern says where units stand. Both together give
+one number for each token, in the order of the text, which is what the graph's input `segments` wants.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Units = Callable[[str], Iterable[Span]]
 """The units of a text; what lies in none stays as it is."""
 
 # Scripts that write no space between words: there a run of letters is no word, but a whole sentence.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
 _WORD = re.compile(rf"[^\W{_UNSPACED}]+")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 
@@ -89,20 +91,22 @@ def _tree_sitter(language: str) -> Units:
             waiting += node.children
             if not node.children and node.type.endswith("identifier"):
                 start = len(data[: node.start_byte].decode(errors="replace"))
-                spans.append((start, start + len(data[node.start_byte : node.end_byte].decode(errors="replace"))))
+                spans.append(
+                    (start, start + len(data[node.start_byte : node.end_byte].decode(errors="replace")))
+                )
         return sorted(spans)
 
     return found
 
 
 def segments_of(encoding: Any, texts: str | Sequence[str], units: Units | str = "words") -> np.ndarray:
-    """int64 [B, N] for the input `segments`: tokens of one unit have one number, every other token one of its own, in the
-    order of the text; padding has -1.
+    """int64 [B, N] for the input `segments`: tokens of one unit have one number, every other token one of its own, in
+    the order of the text; padding has -1.
 
-    encoding: what a fast tokenizer of transformers or of tokenizers gave for `texts` (a BatchEncoding, an Encoding or a
-    list of them), padded to one length N. units: "words", "identifiers" (of Python), or a function from a text to the
-    (start, end) of its units in characters, `identifiers("java")` for one. A token belongs to a unit when it lies inside
-    it, spaces at its ends aside; special tokens belong to none. Of pairs of texts only the first has units.
+    encoding: what a fast tokenizer of transformers or of tokenizers gave for `texts` (a BatchEncoding, an Encoding or
+    a list of them), padded to one length N. units: "words", "identifiers" (of Python), or a function from a text to
+    the (start, end) of its units in characters, `identifiers("java")` for one. A token belongs to a unit when it lies
+    inside it, spaces at its ends aside; special tokens belong to none. Of pairs of texts only the first has units.
 
     Raises ElisionError for an encoding without offsets, of several lengths, or of another number of texts."""
     given = [texts] if isinstance(texts, str) else list(texts)
@@ -143,7 +147,9 @@ def _encodings(encoding: Any) -> list[Any]:
 def _row(encoding: Any, text: str, spans: list[Span]) -> list[int]:
     row: list[int] = []
     place, last, number = 0, -1, -1  # `last`: the unit that the token before belongs to
-    facts = zip(encoding.offsets, encoding.attention_mask, encoding.special_tokens_mask, encoding.sequence_ids)
+    facts = zip(
+        encoding.offsets, encoding.attention_mask, encoding.special_tokens_mask, encoding.sequence_ids
+    )
     for (start, end), real, special, sequence in facts:
         if not real:
             row.append(-1)

@@ -23,7 +23,15 @@ EDITING = (
     "add_output",
     "remove_dead",
 )
-WHOLE = ("evaluate", "add_input", "insert_parameter", "insert_plain", "set_signature", "fix_length", "replace_uses")
+WHOLE = (
+    "evaluate",
+    "add_input",
+    "insert_parameter",
+    "insert_plain",
+    "set_signature",
+    "fix_length",
+    "replace_uses",
+)
 """What a host adds for passes that turn a graph into another; not every test double has them."""
 
 

@@ -27,8 +27,8 @@ from .merge_tokens import MOST_BY_PRODUCT
 def merge_segments(
     x: Tensor, weight: Tensor | None, slot: Tensor, keep: Tensor, *, axis: int, batch_axis: int = 0
 ) -> Tensor:
-    """x with N tokens along `axis`, weight [B or 1, N] >= 0 or None (all 1), slot [B, N], keep [B, S] -> the weighted mean of
-    each slot's tokens.
+    """x with N tokens along `axis`, weight [B or 1, N] >= 0 or None (all 1), slot [B, N], keep [B, S] -> the weighted
+    mean of each slot's tokens.
 
     Sums are taken in float32 at least, y has x's dtype. A slot of one token is a bit-exact copy of it, one that no
     token has a copy of its `keep`. batch_axis -1: x has no batch axis and the map's batch is 1. Differentiable in x and
@@ -96,7 +96,8 @@ def _merge_work(shapes: list[Any], attrs: dict[str, Any]) -> Any:
 
 
 def segment_weights(x: Tensor, query: Tensor, slot: Tensor, *, axis: int, batch_axis: int = 0) -> Tensor:
-    """x with N tokens along `axis`, query [F] over all its other axes but the batch, slot [B, N] -> weight [B, N] float32.
+    """x with N tokens along `axis`, query [F] over all its other axes but the batch, slot [B, N] -> weight [B, N]
+    float32.
 
     exp of the score x . query / sqrt(F) less the largest score in the slot; 0 for a token without a slot. Divided by
     their sum over the slot these are a softmax (attention pooling with one learned query); a query of zeros weighs all

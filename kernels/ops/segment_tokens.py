@@ -17,8 +17,8 @@ from .match_tokens import body_sorted
 
 
 def slots_for(length: Dim, count: int, ratio: float, bucket: int) -> Dim:
-    """How many slots `length` tokens get: count, or ceil(ratio * length) where that is negative, rounded up to a multiple
-    of `bucket`; never more than there are tokens."""
+    """How many slots `length` tokens get: count, or ceil(ratio * length) where that is negative, rounded up to a
+    multiple of `bucket`; never more than there are tokens."""
     if count >= 0:
         return least(length, -(-count // bucket) * bucket)
     share = fraction(ratio)
@@ -37,15 +37,15 @@ def segment_tokens(
     prefix: int = 0,
     suffix: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """segments [B, N] int, valid [B or 1, N] (> 0: no padding) -> a map onto S slots, S from `slots_for` or the length of
-    `slots` [S].
+    """segments [B, N] int, valid [B or 1, N] (> 0: no padding) -> a map onto S slots, S from `slots_for` or the length
+    of `slots` [S].
 
     slot [B, N], keep [B, S] int32 (a slot's first token); size [B, S] float32, its number of tokens; used [B, S]
     float32, 1 where that is not 0; fits [B] float32. A token with a negative number is padding. The first `prefix` and
-    the last `suffix` tokens are units by themselves, padding or not, and have the first and the last slots. Slots are in
-    the order of their tokens. Those that no unit needs hold padding, each a token of its own, or nothing (no token has
-    them); other padding has slot -1. A sample of U > S units does not fit (fits 0): its first and its last unit (its
-    prefix, its suffix) keep slots of their own, and the M others share the L that are left: the m-th has the
+    the last `suffix` tokens are units by themselves, padding or not, and have the first and the last slots. Slots are
+    in the order of their tokens. Those that no unit needs hold padding, each a token of its own, or nothing (no token
+    has them); other padding has slot -1. A sample of U > S units does not fit (fits 0): its first and its last unit
+    (its prefix, its suffix) keep slots of their own, and the M others share the L that are left: the m-th has the
     floor(m * L / M)-th."""
     batch, length = segments.shape
     device = segments.device

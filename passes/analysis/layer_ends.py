@@ -29,8 +29,8 @@ def layer_value(analysis: Analysis, space: TokenSpace, layer: int) -> tuple[Valu
 
 def _end(analysis: Analysis, space: TokenSpace) -> Value:
     """What the last layer leaves: behind its attention, everything that the tokens' data passes through is a value of
-    the residual stream. The last of them that is an addition is the end, with the norm behind it where the stream itself
-    is normalised (the addition before has one, which the last addition adds to)."""
+    the residual stream. The last of them that is an addition is the end, with the norm behind it where the stream
+    itself is normalised (the addition before has one, which the last addition adds to)."""
     block = space.blocks[-1]
     if block.add is None:
         raise Refused(f"{block.attention.target} (%{block.attention.name}): {block.problem}")
@@ -41,7 +41,9 @@ def _end(analysis: Analysis, space: TokenSpace) -> Value:
         return start
     end = additions[-1]
     after = stream[stream.index(end) + 1 :]
-    normalised = any(v.producer is not None and v.producer.kind == "norm" for v in _operands(end) if v in stream)
+    normalised = any(
+        v.producer is not None and v.producer.kind == "norm" for v in _operands(end) if v in stream
+    )
     if normalised and after and after[0].producer is not None and after[0].producer.kind == "norm":
         return after[0]
     return end

@@ -191,8 +191,9 @@ class Graph(abc.ABC):
         raise ElisionError(f"a graph of {self.host} cannot be evaluated in part")
 
     def add_input(self, name: str, dtype: str, shape: Sequence[Dim | str]) -> Value:
-        """A new input behind the present ones; of a torch module its last argument, by position or by name. A string in `shape` is a new symbolic length of that name, the
-        same for the same string in all of this graph's calls; a sympy dim must be one the graph knows."""
+        """A new input behind the present ones; of a torch module its last argument, by position or by name. A string
+        in `shape` is a new symbolic length of that name, the same for the same string in all of this graph's calls; a
+        sympy dim must be one the graph knows."""
         raise ElisionError(f"a graph of {self.host} cannot be given inputs")
 
     def insert_plain(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import elision
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,8 @@ from elision.passes.segment_merge import SegmentMerge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+import elision
 
 from ..analysis import toys
 
@@ -108,7 +109,9 @@ def eager(module: Encoder, ids: Tensor, numbers: list[int], layer: int) -> Tenso
             bias = torch.log(torch.tensor([float(b - a) for a, b in zip(starts, stops)])).reshape(1, 1, 1, -1)
         if block is not None:
             x = block(x, bias)
-    return torch.cat([x[:, i : i + 1].expand(1, b - a, WIDTH) for i, (a, b) in enumerate(zip(starts, stops))], 1)
+    return torch.cat(
+        [x[:, i : i + 1].expand(1, b - a, WIDTH) for i, (a, b) in enumerate(zip(starts, stops))], 1
+    )
 
 
 @settings(max_examples=12, deadline=None)
@@ -134,11 +137,15 @@ def test_padding_and_neighbours_do_not_matter(data) -> None:
     key = data.draw(st.sampled_from([k for k in SHARED if k[0] != "first"]))
     graph = SHARED[key]
     ids, valid = example(3)
-    steps = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=LENGTH, max_size=LENGTH), min_size=3, max_size=3))
+    steps = data.draw(
+        st.lists(st.lists(st.integers(0, 1), min_size=LENGTH, max_size=LENGTH), min_size=3, max_size=3)
+    )
     segments = torch.tensor(np.cumsum(steps, 1))
     with torch.no_grad():
         whole = graph.run(ids, valid, segments)
-        alone = torch.cat([graph.run(ids[i : i + 1], valid[i : i + 1], segments[i : i + 1]) for i in range(3)])
+        alone = torch.cat(
+            [graph.run(ids[i : i + 1], valid[i : i + 1], segments[i : i + 1]) for i in range(3)]
+        )
         other = torch.where(valid.bool(), ids, (ids + 7) % 50)
         numbered = torch.where(valid.bool(), segments, -1)
         refilled = graph.run(other, valid, numbered)

@@ -15,12 +15,14 @@ ROBERTA = {**BERT_SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2
 
 
 def _codebert() -> Call:
-    return Call(hf.RobertaModel(hf.RobertaConfig(**ROBERTA), add_pooling_layer=False), NAMES, "last_hidden_state")
+    return Call(
+        hf.RobertaModel(hf.RobertaConfig(**ROBERTA), add_pooling_layer=False), NAMES, "last_hidden_state"
+    )
 
 
 class GraphCode(nn.Module):
-    """As GraphCodeBERT is called: the mask says of every pair of tokens whether one sees the other, and nodes of the data
-    flow, whose position id is 0, start as the mean of the code tokens they may see."""
+    """As GraphCodeBERT is called: the mask says of every pair of tokens whether one sees the other, and nodes of the
+    data flow, whose position id is 0, start as the mean of the code tokens they may see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +56,11 @@ def graph_code(batch: int) -> dict[str, Tensor]:
             mask[row, token, token] = 1
             mask[row, token, seen : seen + 2] = mask[row, seen : seen + 2, token] = 1
             mask[row, token, 18 + (node + 1) % 6] = 1
-    return {"input_ids": torch.cat([ids["input_ids"], nodes], 1), "attention_mask": mask, "position_ids": places}
+    return {
+        "input_ids": torch.cat([ids["input_ids"], nodes], 1),
+        "attention_mask": mask,
+        "position_ids": places,
+    }
 
 
 def _unixcoder() -> Call:
@@ -134,11 +140,21 @@ def _entry(name: str, make, architecture: str, inputs: Inputs | None = None, **m
 DECODED = {**AXES, "decoder_input_ids": (0, 1)}
 CODE = [
     _entry("codebert", _codebert, "CodeBERT", per_token=True),
-    _entry("graphcodebert", GraphCode, "GraphCodeBERT", graph_code, dynamic={}, mask="", note="a mask of pairs"),
+    _entry(
+        "graphcodebert", GraphCode, "GraphCodeBERT", graph_code, dynamic={}, mask="", note="a mask of pairs"
+    ),
     _entry("unixcoder", _unixcoder, "UniXcoder", per_token=True),
     _entry("xlmr", _xlmr, "XLM-R"),
     _entry("deberta_v2", _deberta, "DeBERTa-v2"),
     _entry("codet5", _t5, "T5, CodeT5", with_decoder, dynamic=DECODED),
     _entry("codet5p", _codet5p, "CodeT5+", with_decoder, dynamic=DECODED),
-    _entry("llama_prompt", _llama, "Llama, a prompt", prompt, dynamic={"input_ids": (0, 1)}, mask="", per_token=True),
+    _entry(
+        "llama_prompt",
+        _llama,
+        "Llama, a prompt",
+        prompt,
+        dynamic={"input_ids": (0, 1)},
+        mask="",
+        per_token=True,
+    ),
 ]
