@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -11,7 +13,9 @@ from .text import AXES, BERT_SIZES, LENGTH, NAMES, SIZES, WIDTH
 
 READ = 7
 """Tokens that the decoders have been given."""
-ROBERTA = {**BERT_SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ROBERTA: dict[str, Any] = {**BERT_SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+LLAMA: dict[str, Any] = {**SIZES, "num_key_value_heads": 1, "vocab_size": 100, "max_position_embeddings": 64}
 
 
 def _codebert() -> Call:
@@ -111,7 +115,7 @@ def _codet5p() -> Call:
 
 
 def _llama() -> Call:
-    config = hf.LlamaConfig(**SIZES, num_key_value_heads=1, vocab_size=100, max_position_embeddings=64)
+    config = hf.LlamaConfig(**LLAMA)
     return Call(hf.LlamaForCausalLM(config), "input_ids", "logits", use_cache=False)
 
 
