@@ -62,9 +62,8 @@ def segment_tokens(
     heads = (real & ~goes_on) | ends
     unit = torch.cumsum(heads.long(), 1) - 1
     total = heads.long().sum(1, keepdim=True)
-    shared = (unit - first) * torch.sym_max(left - first - last, 1) // (total - first - last).clamp(
-        min=1
-    ) + first
+    room: Any = torch.sym_max(left - first - last, 1)
+    shared = (unit - first) * room // (total - first - last).clamp(min=1) + first
     shared = torch.where(unit >= total - last, left - total + unit, torch.where(unit < first, unit, shared))
     group = torch.where(total > left, shared, unit)
     starts = group != torch.nn.functional.pad(group[:, :-1], (1, 0), value=-1)
