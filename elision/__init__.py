@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .runtime.mlir import export_mlir
     from .runtime.parts import PartsResult, optimize_parts
     from .runtime.placeholders import drop_placeholders
+    from .runtime.segments import count_units, identifiers, segments_of, slots_of, words
     from .runtime.session import session
     from .runtime.vocabulary import DynamicBatch, DynamicVocabulary
     from .runtime.vocabulary_merges import BatchMerges, CutWords, MergeList
@@ -59,6 +60,11 @@ _HOMES: dict[str, tuple[str, str]] = {
     "BatchMerges": (".runtime.vocabulary_merges", "BatchMerges"),
     "Pieces": (".runtime.vocabulary_predictors", "Pieces"),
     "TrainedPredictor": (".runtime.vocabulary_predictors", "TrainedPredictor"),
+    "segments_of": (".runtime.segments", "segments_of"),
+    "slots_of": (".runtime.segments", "slots_of"),
+    "count_units": (".runtime.segments", "count_units"),
+    "identifiers": (".runtime.segments", "identifiers"),
+    "words": (".runtime.segments", "words"),
     "ElisionError": (".passes.errors", "ElisionError"),
     "Refused": (".passes.errors", "Refused"),
     "NothingMatched": (".passes.errors", "NothingMatched"),
@@ -106,18 +112,23 @@ __all__ = [
     "VerificationError",
     "__version__",
     "compile_iree",
+    "count_units",
     "drop_placeholders",
     "export_mlir",
     "export_onnx",
     "format",
+    "identifiers",
     "known_passes",
     "optimize",
     "optimize_parts",
     "parse",
     "register",
     "run_iree",
+    "segments_of",
     "session",
+    "slots_of",
     "testing",
+    "words",
 ]
 
 

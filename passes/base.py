@@ -33,6 +33,7 @@ BUILTIN: tuple[str, ...] = (
     "window",
     "token_drop",
     "token_gate",
+    "segment_merge",
     "key_scores",
     "lower",
     "head",
@@ -57,13 +58,15 @@ class NewSignature:
     """A graph that takes other inputs than before, and how to compare the two all the same.
 
     `before`: arrays for the inputs of the graph that the pass was given; `after`: arrays for those of its result,
-    on which output i must equal output `outputs[i]` of the former (its last rows, where `last_rows` and it had
-    fewer). None without example inputs: then nothing is compared."""
+    on which output i must equal output `outputs[i]` of the former (its last rows, where `last_rows` and it had fewer).
+    None without example inputs: then nothing is compared. `added`: where the pass has done no more than add inputs,
+    arrays for those by name."""
 
     before: list[Any] | None = None
     after: list[Any] | None = None
     outputs: list[int] = field(default_factory=list)
     last_rows: bool = False
+    added: dict[str, Any] | None = None
 
 
 @dataclass

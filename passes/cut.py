@@ -118,6 +118,26 @@ class Cutter:
             self._end = end.producer
             self._leading_out = leading_out(self.analysis, self.space, end)
 
+    def segment_level(
+        self, value: Value, level: Level, made: list[Value], query: Value | None, *, guard: bool
+    ) -> Level:
+        """Cut at `value` (at `level`): tokens of one unit become one. `made` are slot, keep, size, used and fits of
+        `segment_tokens`; `query` [C] makes their mean a weighted one. guard: samples that do not fit become NaN.
+        Returns the new level."""
+        slot, keep, size, used, fits = made
+        if level.size is not None:
+            raise Refused(f"%{value.name}: tokens that were merged before cannot be merged by units")
+        attrs = self._token_axis(value)
+        x = self.crossing.current(value)
+        weight = None
+        if query is not None:
+            weight = self.crossing.insert("segment_weights", [x, query, slot], attrs)[0]
+        y = self.crossing.insert("merge_segments", [x, weight, slot, keep], attrs)[0]
+        if guard:
+            y = self.crossing.insert("guard_rows", [y, fits], {"batch_axis": max(attrs["batch_axis"], 0)})[0]
+        keys = size if self.proportional else used
+        return self._level(value, y, Level(0, level, 0, size, slot, keep, weight=weight, keys=keys))
+
     def _token_axis(self, value: Value) -> dict[str, int]:
         axes = self.analysis.token_axes(self.space, value)
         if len(axes) != 1 or axes[0][1] != WHOLE:
@@ -372,7 +392,8 @@ class Cutter:
         assert q is not None and k is not None
         self.keys[op] = k
         out_level = level if self._tokens(op.output) else self.crossing.ground
-        if not (self.proportional and level.size is not None and self._tokens(original[1])):
+        size = level.keys or (level.size if self.proportional else None)
+        if size is None or not self._tokens(original[1]):
             self.graph.refresh(op)
             self._check(op, out_level)
             self.crossing.put(op.output, out_level)
@@ -384,8 +405,9 @@ class Cutter:
         scale = op.attrs.get("scale")
         attrs = {"scale": float(scale) if scale else 0.0, "causal": bool(op.attrs.get("causal", False))}
         self.crossing.cursor = op
-        operands = [q, k, v, op.operand(3), level.size]
-        made = self.crossing.insert("attention", self._with_null(op, operands), attrs)[0]
+        made = self.crossing.insert("attention", self._with_null(op, [q, k, v, op.operand(3), size]), attrs)[
+            0
+        ]
         self.crossing.put(op.output, out_level, made)
 
     def _with_null(self, op: Op, operands: list[Value | None]) -> list[Value | None]:

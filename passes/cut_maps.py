@@ -30,7 +30,9 @@ class Level:
     """One level of the token space: the map that made it, and how many tokens each slot stands for.
 
     slot [B, N], keep [B, N'] and source [B, N-N'] int32; size [B, N'] float32, None where every size is 1. `drops`:
-    what is not kept is gone (slot -1). Without a map the level has all tokens of the one below."""
+    what is not kept is gone (slot -1). Without a map the level has all tokens of the one below. With a map but no
+    `source` it is one of units (`segment_tokens`): a slot's mean is of all tokens that have it, by `weight` [B, N]
+    float32 where that is given. `keys` [B, N'] stands for the sizes in attentions."""
 
     number: int
     parent: Level | None
@@ -40,9 +42,23 @@ class Level:
     keep: Value | None = None
     source: Value | None = None
     drops: bool = False
+    weight: Value | None = None
+    keys: Value | None = None
     composed: Value | None = None  # slot from level 0, made on demand
     shifted: dict[tuple[Ends, bool], list[Value]] = field(default_factory=dict)
     sizes: dict[Ends, Value] = field(default_factory=dict)
+    weights: dict[Ends, Value] = field(default_factory=dict)
+
+    @property
+    def segments(self) -> bool:
+        """Whether its slots are units of the level below."""
+        return self.mapped and self.source is None
+
+    def shared_source(self) -> Value:
+        """`source`; where there is none `keep`, for ops that move all three."""
+        found = self.source or self.keep
+        assert found is not None
+        return found
 
     @property
     def mapped(self) -> bool:
@@ -109,22 +125,26 @@ class Crossing:
     # ---- maps ----------------------------------------------------------------------------------------
     def map_of(self, level: Level, ends: Ends) -> list[Value]:
         """[slot, keep, source] of the step onto `level`, for the interval `ends` of the space."""
-        assert level.slot is not None and level.keep is not None and level.source is not None
+        assert level.slot is not None and level.keep is not None
+        source = level.shared_source()
         if ends == WHOLE:
-            return [level.slot, level.keep, level.source]
+            return [level.slot, level.keep, source]
         key = (ends, False)
         if key not in level.shifted:
             attrs = {"start": ends[0], "stop": ends[1]}
-            level.shifted[key] = self.insert("shift_map", [level.slot, level.keep, level.source], attrs)
+            level.shifted[key] = self.insert("shift_map", [level.slot, level.keep, source], attrs)
         return level.shifted[key]
 
     def size_of(self, level: Level, ends: Ends) -> Value | None:
-        if level.size is None or ends == WHOLE:
-            return level.size
-        if ends not in level.sizes:
-            attrs = {"start": ends[0], "stop": ends[1]}
-            level.sizes[ends] = self.insert("range_size", [level.size], attrs)[0]
-        return level.sizes[ends]
+        return self._part(level.size, ends, level.sizes)
+
+    def _part(self, numbers: Value | None, ends: Ends, known: dict[Ends, Value]) -> Value | None:
+        """A number for each token of the interval `ends` of the space."""
+        if numbers is None or ends == WHOLE:
+            return numbers
+        if ends not in known:
+            known[ends] = self.insert("range_size", [numbers], {"start": ends[0], "stop": ends[1]})[0]
+        return known[ends]
 
     def composed_slot(self, level: Level, ends: Ends) -> Value:
         """Slot at `level` of every original token, [B, N] int32."""
@@ -136,13 +156,15 @@ class Crossing:
             else:
                 first = self.composed_slot(below, WHOLE)
                 level.composed = self.insert("compose_slots", [first, level.slot], {})[0]
-        assert level.composed is not None and level.keep is not None and level.source is not None
+        assert level.composed is not None
         if ends == WHOLE:
             return level.composed
         key = (ends, True)
         if key not in level.shifted:
             attrs = {"start": ends[0], "stop": ends[1]}
-            level.shifted[key] = self.insert("shift_map", [level.composed, level.keep, level.source], attrs)
+            level.shifted[key] = self.insert(
+                "shift_map", [level.composed, level.keep, level.shared_source()], attrs
+            )
         return level.shifted[key][0]
 
     def insert(self, op: str, inputs: list[Value | None], attrs: dict[str, Any]) -> list[Value]:
@@ -236,19 +258,26 @@ class Crossing:
         """Features across one cut: the mean of each slot, weighted by size."""
         assert step.parent is not None
         axis, ends = axes[0]
-        size = self.size_of(step.parent, ends)
         attrs = {"axis": axis, "batch_axis": layout[1]}
+        if step.segments:
+            weight = self._part(step.weight, ends, step.weights)
+            return self.insert("merge_segments", [x, weight, *self.map_of(step, ends)[:2]], attrs)[0]
+        size = self.size_of(step.parent, ends)
         return self.insert("merge_tokens", [x, size, *self.map_of(step, ends)], attrs)[0]
 
     def _selected(
         self, x: Value, axes: list[tuple[int, Ends]], step: Level, own_rank: int, layout: Layout
     ) -> Value:
-        """Positions, masks, ids and pairwise biases across one cut: the rows of the kept tokens."""
+        """Positions, masks, ids and pairwise biases across one cut: the rows of the kept tokens; of units, where a mask
+        says of each pair of tokens whether they may, whether any of theirs may."""
         rank, batch_axis = layout
+        pairs = step.segments and len(axes) > 1 and x.dtype == "bool"
         for axis, ends in axes:
-            keep = self.map_of(step, ends)[1]
+            slot, keep, _ = self.map_of(step, ends)
             attrs = {"axis": axis + rank - own_rank, "rank": rank, "batch_axis": batch_axis}
-            x = self.insert("select_tokens", [x, keep], attrs)[0]
+            x = self.insert(
+                "any_tokens" if pairs else "select_tokens", [x, slot, keep] if pairs else [x, keep], attrs
+            )[0]
         return x
 
     def _renumbered(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .analysis.residual import token_ids
-from .base import NewSignature, Outcome, Pass, PassContext, as_array, register
+from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
 from .errors import PipelineError, Refused
 from .ir.graph import Graph
 from .overlay import find_lookups, overlay
@@ -69,15 +69,6 @@ class DynamicVocab(Pass):
         return outcome
 
 
-def numpy_dtype(name: str) -> np.dtype:
-    """The numpy type of a value's dtype, ml_dtypes' for bfloat16."""
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
-
-
 def _signature(
     context: PassContext, options: DynamicVocabOptions, row: tuple[int, str], outputs: int
 ) -> NewSignature:
@@ -89,4 +80,5 @@ def _signature(
     shape = [options.rows or 1, width]
     if options.per_text:
         shape.insert(0, next(len(array) for array in given))
-    return NewSignature(given, [*given, np.zeros(shape, numpy_dtype(dtype))], list(range(outputs)))
+    rows = np.zeros(shape, numpy_dtype(dtype))
+    return NewSignature(given, [*given, rows], list(range(outputs)), added={options.name: rows})

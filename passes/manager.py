@@ -41,7 +41,8 @@ class PassFailed(ElisionError):
 class PassReport:
     """What one pass did. `drift` compares with the graph before this pass; None when nothing was run.
 
-    `snapshot` is the text after the pass, only if it changed the graph.
+    `snapshot` is the text after the pass, only if it changed the graph. `added`: examples for inputs that it has added,
+    by name.
     """
 
     name: str
@@ -59,6 +60,7 @@ class PassReport:
     snapshot: list[str] | None = None
     changes: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    added: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -81,8 +83,7 @@ class PassReport:
 @dataclass
 class PipelineReport:
     """A finished run. `graph` is the result (a graph of its own unless nothing changed); `drift` compares it
-    with the input; `snapshots[0]` is the text of the input, one more for each pass that changed something.
-    `inputs`: examples for the result where it takes other inputs than before, None where it does not."""
+    with the input; `snapshots[0]` is the text of the input, one more for each pass that changed something."""
 
     graph: Graph
     text: str
@@ -92,7 +93,6 @@ class PipelineReport:
     seconds: float = 0.0
     drift: list[Drift] | None = None
     before: list[str] = field(default_factory=list)
-    inputs: list[Any] | None = None
 
     @property
     def changed(self) -> bool:
@@ -169,7 +169,6 @@ def run_pipeline(
         seconds=time.perf_counter() - started,
         drift=manager.drift(first, current),
         before=before,
-        inputs=current.inputs,
     )
 
 
@@ -222,7 +221,9 @@ class _Manager:
         if outcome.signature is not None:
             self.context = replace(self.context, example_inputs=outcome.signature.after)
         after = _State(trial, self.cost(trial), signature=signature)
-        after.inputs = None if signature is None else signature.after
+        if outcome.signature is not None and outcome.signature.added:
+            report.added = dict(outcome.signature.added)
+        after.inputs = None if signature is None or self.adds(signature, state) else signature.after
         report.declined = self.not_worth_it(single, state.cost, after.cost)
         if report.declined:
             return state, report
@@ -252,22 +253,11 @@ class _Manager:
         assert self.runner is not None
         if state.outputs is None:
             if state.inputs is not None:
-                state.outputs = self._on_other_inputs(state)
+                feeds = dict(zip(state.graph.inputs, state.inputs))
+                state.outputs = state.graph.evaluate(state.graph.outputs, feeds)
             else:
                 state.outputs = [np.asarray(array) for array in self.runner(state.graph)]
         return state.outputs
-
-    def _on_other_inputs(self, state: _State) -> list[np.ndarray]:
-        assert state.inputs is not None
-        feeds = dict(zip(state.graph.inputs, state.inputs))
-        try:
-            return state.graph.evaluate(state.graph.outputs, feeds)
-        except ElisionError:
-            # The host's own operators do not run as they are: a runner may know how to.
-            again = getattr(self.runner, "with_inputs", None)
-            if again is None:
-                raise
-            return again(state.graph, state.inputs)
 
     def reference(self, state: _State) -> list[np.ndarray]:
         try:
@@ -291,6 +281,11 @@ class _Manager:
             ) from error
         return self.compare(single, before.graph, before.graph.outputs, reference, actual)
 
+    def adds(self, signature: NewSignature, before: _State) -> bool:
+        """Whether a graph of this signature is run as the one before, with inputs more."""
+        able = signature.added is not None and hasattr(self.runner, "with_inputs")
+        return able and before.inputs is None
+
     def check_signature(
         self, single: Pass, before: _State, after: _State, signature: NewSignature
     ) -> list[Drift] | None:
@@ -302,6 +297,10 @@ class _Manager:
             self.runner = None
             return None
         given = _State(before.graph, before.cost, inputs=signature.before)
+        if self.adds(signature, before):
+            given = before
+            self.reference(given)
+            self.runner = self.runner.with_inputs(signature.added)  # type: ignore[attr-defined]
         reference = [self.reference(given)[i] for i in signature.outputs]
         try:
             actual = self.run(after)
@@ -347,6 +346,8 @@ class _Manager:
             return None
         signature = last.signature
         if signature is not None:
+            if self.adds(signature, last) and first.outputs is not None:
+                return drifts.compare([v.name for v in first.graph.outputs], first.outputs, last.outputs)
             given = self.run(_State(first.graph, first.cost, inputs=signature.before))
             reference = [given[i] for i in signature.outputs]
             names = [first.graph.outputs[i].name for i in signature.outputs]

@@ -17,7 +17,7 @@ from ..passes.ir.graph import Graph
 from ..passes.pipeline import Passes, parse
 from .files import check_target, write_atomically
 from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
-from .runners import Runner, fx_runner, onnx_runner
+from .runners import Remembered, Runner, fx_runner, onnx_runner, tensors_of
 from .table import table_for
 from .tensors import read_tensors
 
@@ -201,8 +201,8 @@ def optimize(
     pipeline = framed(given, graph.host)
     report = run_passes(graph, pipeline, context, runner, verify, tell)
     untouched = taken_back(report, graph, given)
+    example = with_added(example, report)
     module = _own_module(target) if untouched and graph.host == "fx" else None
-    example = _with_new_inputs(example, report)
     return Result(report.graph, report, example, source, untouched, context.table, module)
 
 
@@ -270,6 +270,15 @@ def export_onnx(
     return result
 
 
+def with_added(example: Any, report: Any) -> Any:
+    """The example arguments of a torch graph with those that passes let it take besides, by name."""
+    added = {name: array for one in report.passes if one.changed for name, array in one.added.items()}
+    if example is None or not added:
+        return example
+    args, kwargs = example
+    return args, {**kwargs, **tensors_of(added)}
+
+
 def _export_feeds(graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The example inputs under the names the exporter gave them; its inputs are the tensors, in order."""
     tensors = _flat_tensors((args, kwargs))
@@ -334,18 +343,6 @@ def open_torch(
     module = getattr(target, "_orig_mod", target)  # a torch.compile wrapper: the module inside
     with quietly("the module cannot be traced with these example inputs"):
         return FxGraph.trace(module, example[0], example[1] or None, dynamic_shapes), example
-
-
-def _with_new_inputs(example: Any, report: Any) -> Any:
-    """The example arguments and, by name, those of inputs that passes added behind them."""
-    if example is None or report.inputs is None:
-        return example
-    import torch
-
-    count = len(_flat_tensors(example))
-    added = zip(report.graph.inputs[count:], report.inputs[count:])
-    more = {value.name: torch.as_tensor(item).to(getattr(torch, value.dtype)) for value, item in added}
-    return example[0], {**example[1], **more}
 
 
 def _own_module(target: Any) -> Any:
@@ -416,11 +413,7 @@ def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
         return None
 
     # The pass manager begins with the same graph; a large model is not run twice for that.
-    def run(asked: Graph) -> list[Any]:
-        return first if asked is graph else plain(asked)
-
-    run.with_inputs = plain.with_inputs  # type: ignore[attr-defined]
-    return run
+    return Remembered(plain, graph, first)
 
 
 @contextlib.contextmanager

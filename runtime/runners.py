@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,46 @@ from .inputs import first_line
 Runner = Callable[[Graph], list[np.ndarray]]
 
 
-def fx_runner(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Runner:
+@dataclass(frozen=True)
+class FxRunner:
     """Runs an FxGraph eagerly, without gradients, random numbers the same every time."""
-    import torch
-    from torch.utils import _pytree as pytree
 
-    def run(graph: Graph) -> list[np.ndarray]:
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, graph: Graph) -> list[np.ndarray]:
+        import torch
+        from torch.utils import _pytree as pytree
+
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             try:
                 # Copies: a model may write into its inputs.
-                copies = pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
+                given = (tuple(self.args), dict(self.kwargs))
+                copies = pytree.tree_map_only(torch.Tensor, torch.clone, given)
                 result = graph.run(*copies[0], **copies[1])  # type: ignore[attr-defined]
             except Exception as error:
                 raise VerificationError(f"the graph does not run: {first_line(error)}") from error
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         return [_plain(leaf) for leaf in leaves]
 
-    return run
+    def with_inputs(self, added: Mapping[str, np.ndarray]) -> Runner:
+        """The same for a graph that takes inputs of these names besides."""
+        return FxRunner(self.args, {**self.kwargs, **tensors_of(added)})
+
+
+def tensors_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays as tensors in host memory."""
+    import torch
+
+    from ..passes.ir.fx_nodes import to_tensor
+
+    return {name: to_tensor(array, torch.device("cpu")) for name, array in arrays.items()}
+
+
+def fx_runner(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Runner:
+    """Runs an FxGraph on these arguments."""
+    return FxRunner(args, kwargs)
 
 
 def _plain(tensor: Any) -> np.ndarray:
@@ -43,23 +66,44 @@ def _plain(tensor: Any) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def onnx_runner(feeds: Mapping[str, np.ndarray]) -> Runner:
+@dataclass(frozen=True)
+class OnnxRunner:
     """Runs an OnnxGraph in plain ONNX Runtime on the CPU."""
 
-    def run(graph: Graph) -> list[np.ndarray]:
+    feeds: Mapping[str, np.ndarray]
+
+    def __call__(self, graph: Graph) -> list[np.ndarray]:
         try:
-            found = run_model(graph.model, feeds)  # type: ignore[attr-defined]
+            found = run_model(graph.model, self.feeds)  # type: ignore[attr-defined]
         except ElisionError:
             raise
         except Exception as error:
             raise VerificationError(f"onnxruntime does not run the graph: {first_line(error)}") from error
         return [np.asarray(item) for item in found]
 
-    def with_inputs(graph: Graph, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return onnx_runner({v.name: array for v, array in zip(graph.inputs, inputs)})(graph)
+    def with_inputs(self, added: Mapping[str, np.ndarray]) -> Runner:
+        """The same for a graph that takes inputs of these names besides."""
+        return OnnxRunner({**self.feeds, **added})
 
-    run.with_inputs = with_inputs  # type: ignore[attr-defined]
-    return run
+
+@dataclass(frozen=True)
+class Remembered:
+    """`runner`, with what it found for one graph."""
+
+    runner: OnnxRunner
+    graph: Graph
+    found: list[np.ndarray]
+
+    def __call__(self, graph: Graph) -> list[np.ndarray]:
+        return self.found if graph is self.graph else self.runner(graph)
+
+    def with_inputs(self, added: Mapping[str, np.ndarray]) -> Runner:
+        return self.runner.with_inputs(added)
+
+
+def onnx_runner(feeds: Mapping[str, np.ndarray]) -> OnnxRunner:
+    """Runs an OnnxGraph on these inputs."""
+    return OnnxRunner(feeds)
 
 
 def run_model(model: Any, feeds: Mapping[str, np.ndarray]) -> list[Any]:

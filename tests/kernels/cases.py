@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .embedding_cases import embedding_calls
 from .linear_cases import linear_calls
+from .segment_cases import segment_calls
 from .step_cases import JOINED, STEPS
 
 
@@ -456,6 +457,7 @@ def _gates() -> list[Case]:
 
 CASES = [
     *_gates(),
+    *(Case(*call) for call in segment_calls()),
     *_norms(),
     *_dropping(),
     *_matching(),
