@@ -54,9 +54,10 @@ class Incremental(Pass):
 
     Inputs of the result: input_ids [1, M] int64, position_ids [1, M] int64, slots [M] int32, prefix [M, 2] int32,
     ancestors [M, A] int32 (see op cached_attention), key_cache.i [heads, capacity, width] and value_cache.i for
-    every self-attention in order, and cross.j for what is computed from a source (where only its inputs are read, they
-    stay). Outputs: those of the plain graph with a row for each new row, then key_cache.i.out and value_cache.i.out.
-    `Outcome.extra["prelude"]` is the graph from the source's inputs to the cross.j, where there is one."""
+    every self-attention in order, and cross.j for what is computed from a source (a table of rows that ids beyond
+    the vocabulary read stays an input as it is). Outputs: those of the plain graph with a row for each new row, then
+    key_cache.i.out and value_cache.i.out. `Outcome.extra["prelude"]` is the graph from the source's inputs to the
+    cross.j, where there is one."""
 
     name = "incremental"
     exact = True

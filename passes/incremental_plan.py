@@ -65,8 +65,9 @@ class Plan:
 
     @property
     def prelude(self) -> list[Value]:
-        """`cuts`, where anything is computed from a source; none where its inputs alone are read: they stay."""
-        return [] if all(value.producer is None for value in self.cuts) else self.cuts
+        """`cuts`, where anything is computed from a source; none where all are tables that ids read rows of: they stay
+        inputs as they are."""
+        return [] if all(map(_is_table, self.cuts)) else self.cuts
 
     # ---- attentions ----------------------------------------------------------------------------------
     def _among_rows(self, attention: Attention) -> bool:
@@ -230,6 +231,10 @@ class Plan:
             return start < 0
         count = self.bindings.length - start
         return bool(getattr(count, "is_Integer", isinstance(count, int)) and count > 0)
+
+
+def _is_table(value: Value) -> bool:
+    return value.producer is None and all(op.target == "elision.overlay_rows" for op, _ in value.users)
 
 
 def _source(op: Op) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import BOOL, FLOAT, FLOATS, INT32, INT64, Body
+from ..body import BOOL, FLOAT, INT32, INT64, Body
 from ..definition import Attr, OpDef
 from ..lengths import Shape, fraction, numel, wanted
 
@@ -207,7 +207,6 @@ GATE = OpDef(
     shapes=lambda shapes, attrs: [tuple(shapes[0][:2])] * 2,
     dtypes=lambda dtypes, attrs: ["float32"] * 2,
     body=_gate_body,
-    custom={0: FLOATS},
     work=lambda shapes, attrs: 6 * numel(shapes[0]),
     source="Kallini et al., MrT5, ICLR 2025",
 )

@@ -183,7 +183,6 @@ BLEND = OpDef(
     shapes=lambda shapes, attrs: [with_length(shapes[0], attrs["axis"], attrs["batch_axis"], shapes[1])],
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_blend_body,
-    custom={0: FIXED_SIZE},
     work=lambda shapes, attrs: 0,
     full_precision=False,
 )
@@ -197,7 +196,6 @@ PAD = OpDef(
     shapes=_pad_shapes,
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_pad_body,
-    custom={0: FIXED_SIZE},
     work=lambda shapes, attrs: 0,
     full_precision=False,
     source="Miller, Attention Is Off By One, 2023 (softmax1)",

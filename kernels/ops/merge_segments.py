@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..body import BOOL, FLOAT, FLOATS, INT64, Body
+from ..body import BOOL, FLOAT, INT64, Body
 from ..definition import Attr, OpDef
 from ..layout import (
     body_from_rows,
@@ -191,7 +191,6 @@ MERGE = OpDef(
     shapes=lambda shapes, attrs: [with_length(shapes[0], attrs["axis"], attrs["batch_axis"], shapes[3])],
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_merge_body,
-    custom={0: FLOATS},
     work=_merge_work,
     source="Saad et al., 2025 (arXiv 2507.14423): averaging",
 )
@@ -205,7 +204,6 @@ WEIGHTS = OpDef(
     shapes=_weights_shapes,
     dtypes=lambda dtypes, attrs: ["float32"],
     body=_weights_body,
-    custom={0: FLOATS},
     work=lambda shapes, attrs: 2 * numel(shapes[0]) + 2 * shapes[2][0] * shapes[2][1] * shapes[2][1],
     source="Saad et al., 2025 (arXiv 2507.14423): learned; the form of the weights is ours",
 )

@@ -299,5 +299,5 @@ def test_what_it_does_not_apply_to() -> None:
     compiled = torch.compile(
         Encoder().eval(), backend="elision", options={"passes": "segment-merge{capacity=6}", "force": True}
     )
-    with pytest.raises(Refused, match="adds the input .*, which callers of a compiled model cannot give"):
+    with pytest.raises(Refused, match=r"adds the input .*, which callers of a compiled model cannot give"):
         compiled(ids, valid)

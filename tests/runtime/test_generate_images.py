@@ -134,6 +134,7 @@ def test_a_compact_text_counts_without_them() -> None:
     assert one.token_ids == recomputed(found, prompt(1, 1), picture(1), compact=True)
 
 
+@pytest.mark.slow
 def test_drafts_and_weights_of_few_bits_go_with_it() -> None:
     plain = generator("onnxruntime", DROP, bits=8)
     drafting = generator("onnxruntime", DROP, bits=8, drafter="auto", guard=False)

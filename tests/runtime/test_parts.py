@@ -97,6 +97,7 @@ def test_a_picture_is_judged_alone(zoo_folder: Path) -> None:
         np.testing.assert_allclose(alone[0][0], together[0][row], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_budget_of_one_leaves_every_part_as_it_is(zoo_folder: Path) -> None:
     result = optimized(zoo_folder, "tower", "projector", "text", passes="token-drop{budget=1}")
     assert all(one.untouched for one in result.parts.values())

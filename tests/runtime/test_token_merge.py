@@ -108,6 +108,7 @@ def test_a_merged_model_trains(vision, x):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_dynamic_batch(vision):
     torch._dynamo.reset()
     compiled = torch.compile(vision, backend="elision", options={"passes": PASSES, "force": True})
