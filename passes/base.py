@@ -143,6 +143,11 @@ class Pass(abc.ABC):
         self.options: Any = make_options(self.name, self.Options, options)
         self.given: tuple[str, ...] = tuple(options)  # what the text form prints back
 
+    def with_options(self, **changes: Any) -> Pass:
+        """The same pass with other options, given as if they stood in its text."""
+        given = {name: getattr(self.options, name) for name in self.given}
+        return type(self)(**{**given, **changes})
+
     @abc.abstractmethod
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Edit `graph` in place. Raises Refused or NothingMatched with a sentence that says why."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .analysis.masks import padding_mask
 from .analysis.spaces import Analysis, TokenSpace
 from .base import NewSignature, Outcome, PassContext
 from .cut import Cutter
@@ -42,9 +41,8 @@ class Job:
     def cut(self, space: TokenSpace, value: Value, flags: Value, write: Writer, gone: int) -> None:
         """Leave `gone` tokens of `space` out from `value` on, by `flags` [B, N]; `write` has made them."""
         graph, options, outcome = self.graph, self.options, self.outcome
-        mask = padding_mask(self.analysis, space)
         write = Writer.behind(graph, [flags, value], write.cursor)
-        valid = None if mask is None else valid_tokens(write, self.analysis, space, mask)
+        valid = valid_tokens(write, self.analysis, space)
         ends = {"prefix": space.prefix, "suffix": space.suffix}
         made = write("drop_tokens", [flags, valid], count=gone, **ends)
         cutter = Cutter(

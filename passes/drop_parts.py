@@ -54,12 +54,8 @@ def plan_drop(single: TokenDrop, parts: Parts) -> PartsPlan:
             _has_room(found[name], name)
         notes.append(_asked(tower, reader))
     output = parts.output_name(way[0]) if way else output_name(found[tower])
-    form = type(single)(**{**_given(single), "outputs": "kept", "output": output})
+    form = single.with_options(outputs="kept", output=output)
     return PartsPlan({tower: form}, notes)
-
-
-def _given(single: TokenDrop) -> dict[str, object]:
-    return {name: getattr(single.options, name) for name in single.given}
 
 
 def _asked(tower: str, reader: str) -> str:

@@ -149,14 +149,16 @@ def attention_attrs(attention: Op) -> dict[str, Any]:
 
 def last_row_score(write: Writer, analysis: Analysis, space: TokenSpace, attention: Op) -> Value:
     """The attention that each token gets from its sample's last token that is no padding, [B, N] (FastV)."""
-    mask = padding_mask(analysis, space)
-    valid = None if mask is None else valid_tokens(write, analysis, space, mask)
+    valid = valid_tokens(write, analysis, space)
     inputs = [*attention.inputs[:2], attention.operand(3), valid]
     return write("attention_rows", inputs, last=True, heads="mean", **attention_attrs(attention))[0]
 
 
-def valid_tokens(write: Writer, analysis: Analysis, space: TokenSpace, mask: Value) -> Value:
-    """1 for a token, 0 for padding, [B or 1, N], wherever the mask is made."""
+def valid_tokens(write: Writer, analysis: Analysis, space: TokenSpace) -> Value | None:
+    """1 for a token, 0 for padding, [B or 1, N], wherever the mask is made; None where no mask says so."""
+    mask = padding_mask(analysis, space)
+    if mask is None:
+        return None
     batch = analysis.batch_axis(space, mask)
     write.cursor = write.graph.hoist(mask, write.cursor)
     return write("valid_size", [mask], axis=mask.rank - 1, batch_axis=-1 if batch is None else batch)[0]

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from .analysis.flow import SHAPE_ONLY
+from .analysis.flow import reads_shapes
 from .analysis.joins import Join, written_join
-from .analysis.residual import lookups, token_ids
+from .analysis.residual import token_ids
 from .analysis.spaces import Analysis, analyse
 from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
 from .errors import ElisionError, NothingMatched, Refused
 from .extract import behind, part_that_makes
-from .ir.graph import Dim, Graph, Op, Value, static
+from .ir.graph import Dim, Graph, Value, static
+from .overlay import find_lookups, look_up_own
 from .writer import Writer
 
 ROWS = "image_rows"
@@ -74,19 +75,18 @@ class ImageIds(Pass):
             raise NothingMatched(
                 f"image-ids found no place where tokens of an image are written among those of %{ids.name}"
             )
-        tables = [op for op in lookups(graph, ids) if analysis.flow.depends(join.value, op.output)]
-        first = _own_ids(graph, ids, tables)
+        found = find_lookups(graph, ids)
+        first = min(lookup.count for lookup in found)
         written = _written(graph, analysis, ids, join, first)
-        _check_other_readers(graph, ids, tables, join)
+        _check_readers(graph, ids, join)
         count, width = written.rows
         outcome = Outcome(changed=True)
         outcome.extra["images"] = {"placeholder": written.placeholder, "first": first, "rows": count}
         outcome.extra["vision"] = part_that_makes(graph, [(FEATURES, written.features)])
         outcome.signature = self._signature(graph, written, ids, first, context)
         rows = graph.add_input(ROWS, written.features.dtype, [ROWS, width])
-        own = Writer(graph)("own_ids", [ids], first=first)[0]
-        for op in tables:
-            graph.set_operand(op, 1, own)
+        for lookup in found:
+            look_up_own(graph, lookup, first)
         write = Writer.behind(graph, [written.embeddings])
         graph.replace_uses(join.value, write("overlay_rows", [written.embeddings, ids, rows], first=first)[0])
         graph.remove_dead()
@@ -103,55 +103,36 @@ class ImageIds(Pass):
     def _signature(
         self, graph: Graph, written: _Written, ids: Value, first: int, context: PassContext
     ) -> NewSignature:
-        given = context.example_inputs
-        if given is None or len(given) != len(graph.inputs):
-            return NewSignature(outputs=list(range(len(graph.outputs))))
-        arrays = {v: as_array(item) for v, item in zip(graph.inputs, given)}
-        if any(array is None for array in arrays.values()):
-            return NewSignature(outputs=list(range(len(graph.outputs))))
+        """The example, and what it is in ids of rows; nothing where it does not run as it is."""
+        arrays = {v: as_array(item) for v, item in zip(graph.inputs, context.example_inputs or ())}
+        whole = len(arrays) == len(graph.inputs) and all(array is not None for array in arrays.values())
         try:
-            (features,) = graph.evaluate([written.features], arrays)
-        except ElisionError:  # a host that cannot run the plain graph has nothing to compare with
-            return NewSignature(outputs=list(range(len(graph.outputs))))
-        flat = arrays[ids].reshape(-1).copy()
-        places = np.flatnonzero(flat == written.placeholder)
-        flat[places] = first + np.arange(len(places))
+            features = graph.evaluate([written.features], arrays)[0] if whole else None
+        except ElisionError:
+            features = None
+        if features is None:
+            return NewSignature()
+        own = arrays[ids].copy()
+        places = own == written.placeholder
+        own[places] = first + np.arange(places.sum())
         gone = behind([written.features])
-        kept = [v for v in graph.inputs if v is not ids and v not in gone]
-        after = {ids: flat.reshape(arrays[ids].shape), **{v: arrays[v] for v in kept}}
-        ordered = [after[v] for v in graph.inputs if v in after]
-        return NewSignature(
-            [arrays[v] for v in graph.inputs],
-            [*ordered, features.reshape(-1, features.shape[-1])],
-            list(range(len(graph.outputs))),
-        )
+        after = [own if v is ids else arrays[v] for v in graph.inputs if v is ids or v not in gone]
+        rows = features.reshape(-1, features.shape[-1])
+        return NewSignature(list(arrays.values()), [*after, rows], list(range(len(graph.outputs))))
 
 
-def _own_ids(graph: Graph, ids: Value, tables: list[Op]) -> int:
-    """The number of rows of the tables that ids are looked up in."""
-    counts = set()
-    for op in tables:
-        table = op.inputs[0]
-        length = None if table is None or table.shape is None else table.shape[op.attrs.get("axis", 0)]
-        if table is None or not graph.is_constant(table) or not isinstance(length, int):
-            raise Refused(f"{op.target} (%{op.name}) looks %{ids.name} up in what is no table of its own")
-        counts.add(length)
-    if len(counts) != 1:
-        raise Refused(f"%{ids.name} is looked up in {len(tables)} tables of {sorted(counts)} rows")
-    return counts.pop()
-
-
-def _check_other_readers(graph: Graph, ids: Value, tables: list[Op], join: Join) -> None:
-    """Whatever else reads the ids would see other numbers. Raises Refused where it reaches an output."""
+def _check_readers(graph: Graph, ids: Value, join: Join) -> None:
+    """Whatever else reads the ids would see other numbers. Raises Refused where it reaches an output by another way
+    than the join."""
     for op, _ in ids.users:
-        if op in tables or _reads_shapes(op):
+        if reads_shapes(op):
             continue
-        reached = set(op.outputs)
+        reached = set(op.outputs) - {join.value}
         for later in graph.ops[graph.ops.index(op) + 1 :]:
-            if not _reads_shapes(later) and any(v in reached for v in later.inputs):
-                reached |= {out for out in later.outputs if out is not join.value}
+            if not reads_shapes(later) and any(v in reached for v in later.inputs):
+                reached |= set(later.outputs) - {join.value}
         for value in graph.outputs:
-            if value in reached - {join.value}:
+            if value in reached:
                 raise Refused(
                     f"{op.target} (%{op.name}) reads %{ids.name} for more than where the features of images go: "
                     f"%{value.name} depends on it"
@@ -222,14 +203,10 @@ def _told_by(graph: Graph, ids: Value) -> set[Value]:
             for v in op.inputs
             if v
         )
-        read = () if _reads_shapes(op) else (*op.inputs, *op.shape_inputs)
+        read = () if reads_shapes(op) else (*op.inputs, *op.shape_inputs)
         if measured or any(v in found for v in read):
             found |= set(op.outputs)
     return found
-
-
-def _reads_shapes(op: Op) -> bool:
-    return op.kind in ("size", "create") or op.attrs.get("fn") in SHAPE_ONLY
 
 
 def _symbols(dim: Dim) -> set[Any]:

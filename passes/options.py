@@ -172,3 +172,11 @@ def format_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(format_value(v) for v in value) + "]"
     raise PipelineError(f"an option cannot hold {' '.join(repr(value).split())}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raises PipelineError for what is neither a share of the tokens (up to 1) nor a number of them (2 and more)."""
+    if not (math.isfinite(value) and value > 0 and (value <= 1 or value == int(value))):
+        raise PipelineError(
+            f"{name} is a share of the tokens above 0 and up to 1, or a number of them, not {value}"
+        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .analysis.flow import SHAPE_ONLY, is_float
+from .analysis.flow import is_float, reads_shapes
 from .errors import Refused
 from .ir.graph import Graph, Op, Value
 from .keep_rows import is_fixed
@@ -97,8 +97,7 @@ def overlay(graph: Graph, lookup: Lookup, rows: Value, first: int) -> Value:
         raise Refused(
             f"{rows!r} has no rows of {lookup.width} numbers as {lookup.op.target} (%{lookup.op.name}) gives"
         )
-    write = Writer.behind(graph, [ids])
-    graph.set_operand(lookup.op, lookup.place, write("own_ids", [ids], first=first)[0])
+    look_up_own(graph, lookup, first)
     users, outputs = list(old.users), [i for i, v in enumerate(graph.outputs) if v is old]
     write = Writer.behind(graph, [old, rows])
     new = write("overlay_rows", [old, ids, rows], first=first)[0]
@@ -107,6 +106,12 @@ def overlay(graph: Graph, lookup: Lookup, rows: Value, first: int) -> Value:
     for index in outputs:
         graph.replace_output(index, new)
     return new
+
+
+def look_up_own(graph: Graph, lookup: Lookup, first: int) -> None:
+    """Let ids from `first` on look up the table's row 0, which is there: something else stands in its place."""
+    write = Writer.behind(graph, [lookup.ids])
+    graph.set_operand(lookup.op, lookup.place, write("own_ids", [lookup.ids], first=first)[0])
 
 
 def overlaid(graph: Graph) -> list[tuple[Op, Lookup]]:
@@ -160,7 +165,7 @@ def _uses(graph: Graph, ids: Value) -> Iterator[tuple[Op, int, Value]]:
     while waiting:
         value = waiting.pop()
         for op, index in value.users:
-            if op.kind == "size" or op.attrs.get("fn") in SHAPE_ONLY:
+            if reads_shapes(op):
                 continue
             if _moves(op):
                 waiting += [out for out in op.outputs if out not in seen]

@@ -17,14 +17,15 @@ import numpy as np
 
 from ..kernels.ops.segment_tokens import slots_for
 from .analysis.layer_ends import layer_value
-from .analysis.masks import causal_because, padding_mask
-from .analysis.spaces import Analysis, TokenSpace, analyse
+from .analysis.masks import causal_because
+from .analysis.spaces import Analysis, TokenSpace, analyse, no_attention
 from .base import NewSignature, Outcome, Pass, PassContext, as_array, register
 from .cut import Cutter
 from .cut_maps import WHOLE
 from .drop_policies import valid_tokens
 from .errors import ElisionError, NothingMatched, PipelineError, Refused
 from .ir.graph import Dim, Graph, Op, Value
+from .options import check_share
 from .writer import Writer
 
 
@@ -48,11 +49,7 @@ class SegmentOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.capacity, float):
-            whole = self.capacity == int(self.capacity)
-            if not self.capacity > 0 or (self.capacity > 1 and not whole):
-                raise PipelineError(
-                    f"capacity is a share of the tokens above 0 and up to 1, or a number of slots, not {self.capacity}"
-                )
+            check_share("capacity", self.capacity)
         if self.bucket < 1:
             raise PipelineError(f"bucket must be at least 1, not {self.bucket}")
         if not self.input.isidentifier():
@@ -111,8 +108,7 @@ class SegmentMerge(Pass):
         segments = graph.add_input(options.input, "int64", [batch, length])
         slots = graph.add_input(SLOTS, "int64", ["segment_slots"]) if options.dynamic else None
         write = Writer.behind(graph, [value])
-        mask = padding_mask(analysis, space)
-        valid = None if mask is None else valid_tokens(write, analysis, space, mask)
+        valid = valid_tokens(write, analysis, space)
         made = write("segment_tokens", [segments, valid, slots], **options.slots, **ends)
         cutter = Cutter(graph, analysis, space, mismatch="lift", proportional=options.proportional)
         crossing = cutter.crossing
@@ -186,11 +182,7 @@ def the_space(analysis: Analysis) -> TokenSpace:
     NothingMatched, Refused."""
     spaces = [space for space in analysis.spaces if space.blocks]
     if not spaces:
-        graph = analysis.graph
-        raise NothingMatched(
-            "segment-merge found no self-attention over tokens "
-            f"({len(graph.ops_of('attention'))} attention ops among {len(graph.ops)} operations)"
-        )
+        raise no_attention(analysis, SegmentMerge.name)
     if len(spaces) > 1:
         sources = [space for space in spaces if space.read_by and not space.reads]
         if len(sources) != 1:

@@ -9,13 +9,12 @@ graph without a text, tokens are dropped between two blocks.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ..kernels.lengths import floor_of
 from .analysis.joins import Join, find_joins, written_join
-from .analysis.spaces import Analysis, TokenSpace, analyse
+from .analysis.spaces import Analysis, TokenSpace, analyse, no_attention
 from .base import Outcome, Pass, PassContext, register
 from .drop_at_join import drop_at_join
 from .drop_at_output import drop_at_output
@@ -25,8 +24,9 @@ from .drop_job import Job
 from .drop_parts import plan_drop
 from .drop_policies import BY_PLACE
 from .drop_within import drop_within
-from .errors import NothingMatched, PipelineError, Refused
+from .errors import PipelineError, Refused
 from .ir.graph import Graph
+from .options import check_share
 from .parts import Parts, PartsPlan
 from .scattered_add import additions, spell_out
 from .unfold import folds, unfold
@@ -75,11 +75,7 @@ class DropOptions:
     image_count: int | None = None
 
     def __post_init__(self) -> None:
-        whole = math.isfinite(self.budget) and self.budget == int(self.budget)
-        if not self.budget > 0 or (self.budget > 1 and not whole):
-            raise PipelineError(
-                f"budget is a share of the tokens above 0 and up to 1, or a number of them, not {self.budget}"
-            )
+        check_share("budget", self.budget)
         if not 0 <= self.alpha <= 1:
             raise PipelineError(f"alpha must be from 0 to 1, not {self.alpha}")
         if not 0 < self.contextual < 1:
@@ -166,10 +162,7 @@ class TokenDrop(Pass):
             analysis = analyse(graph)
         spaces = [space for space in analysis.spaces if space.blocks]
         if not spaces:
-            raise NothingMatched(
-                "token-drop found no self-attention over tokens "
-                f"({len(graph.ops_of('attention'))} attention ops among {len(graph.ops)} operations)"
-            )
+            raise no_attention(analysis, self.name)
         outcome = Outcome(changed=True)
         if unfolded:
             outcome.statistics["unfolded"] = unfolded

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..kernels.lengths import wanted
-from .analysis.masks import causal_because, padding_mask
-from .analysis.spaces import Analysis, Block, TokenSpace, analyse
+from .analysis.masks import causal_because
+from .analysis.spaces import Analysis, Block, TokenSpace, analyse, no_attention
 from .base import Outcome, Pass, PassContext, register
 from .cut import Cutter
 from .cut_maps import WHOLE
@@ -25,6 +25,7 @@ from .drop_policies import valid_tokens
 from .errors import NothingMatched, PipelineError, Refused
 from .gate_weights import fresh_gate, read_gate
 from .ir.graph import Graph, Op, Value
+from .options import check_share
 from .writer import Writer
 
 GATE_OUTPUT = "elision_gate"
@@ -57,10 +58,7 @@ class GateOptions:
     def __post_init__(self) -> None:
         if self.k >= 0:
             raise PipelineError(f"k, the gate of a token to delete, is below 0, not {self.k}")
-        if not self.capacity > 0 or (self.capacity > 1 and self.capacity != int(self.capacity)):
-            raise PipelineError(
-                f"capacity is a share of the tokens above 0 and up to 1, or a number of them, not {self.capacity}"
-            )
+        check_share("capacity", self.capacity)
         if isinstance(self.threshold, float) and self.threshold >= 0:
             raise PipelineError(f"threshold is below 0, the gate of a token to keep, not {self.threshold}")
         if min(self.protect or 0, self.last) < 0:
@@ -172,8 +170,7 @@ class TokenGate(Pass):
         weight = graph.insert_parameter(made[0], "elision_gate_weight")
         bias = graph.insert_parameter(made[1], "elision_gate_bias")
         write = Writer(graph, value.producer)
-        mask = padding_mask(analysis, space)
-        valid = None if mask is None else valid_tokens(write, analysis, space, mask)
+        valid = valid_tokens(write, analysis, space)
         attrs = {"k": options.k, "norm": options.norm, **_ends(space, options)}
         return write("delete_gate", [value, weight, bias, valid], **attrs), valid, write
 
@@ -192,11 +189,7 @@ def gated_space(analysis: Analysis) -> tuple[TokenSpace, list[str]]:
     """The one space of an encoder, and why others are none. Raises Refused where there is not just one."""
     spaces = [space for space in analysis.spaces if space.blocks]
     if not spaces:
-        count = len(analysis.graph.ops_of("attention"))
-        raise NothingMatched(
-            "token-gate found no self-attention over tokens "
-            f"({count} attention ops among {len(analysis.graph.ops)} operations)"
-        )
+        raise no_attention(analysis, TokenGate.name)
     found: list[TokenSpace] = []
     notes: list[str] = []
     for space in spaces:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .analysis.spaces import Analysis, analyse
+from .analysis.spaces import Analysis, analyse, no_attention
 from .base import Outcome, Pass, PassContext, register
 from .cut import Cutter
 from .cut_maps import WHOLE, Level
@@ -131,11 +131,7 @@ class TokenMerge(Pass):
         analysis = analyse(graph)
         plans, reasons = self._plans(analysis)
         if not plans and not reasons:
-            count = len(graph.ops_of("attention"))
-            raise NothingMatched(
-                "token-merge found no self-attention over tokens "
-                f"({count} attention ops among {len(graph.ops)} operations)"
-            )
+            raise no_attention(analysis, self.name)
         plans = [plan for plan in plans if plan.cuts]
         if not plans and not reasons:
             raise Refused("token-merge has nothing to merge: r leaves no block with a token to remove")

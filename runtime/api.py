@@ -17,9 +17,9 @@ from ..passes.ir.graph import Graph
 from ..passes.pipeline import Passes, parse
 from .files import check_target, write_atomically
 from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
-from .runners import Remembered, Runner, fx_runner, onnx_runner, tensors_of
+from .runners import FxRunner, OnnxRunner, Remembered, Runner
 from .table import table_for
-from .tensors import read_tensors
+from .tensors import read_tensors, tensors_of
 
 if TYPE_CHECKING:
     from .parts import PartsResult
@@ -187,7 +187,7 @@ def optimize(
     else:
         graph, example = open_torch(target, example_inputs, dynamic_shapes)
         source = type(target).__name__
-        runner = fx_runner(*example) if verify and example is not None else None
+        runner = FxRunner(*example) if verify and example is not None else None
         context_inputs = _flat_tensors(example) if example is not None else None
     context = PassContext(
         force=force,
@@ -257,7 +257,7 @@ def export_onnx(
 
     graph = OnnxGraph(program.model)
     feeds = _export_feeds(graph, args, kwargs) if verify else None
-    runner = onnx_runner(feeds) if feeds else None
+    runner = OnnxRunner(feeds) if feeds else None
     inputs = list(feeds.values()) if feeds else None
     context = PassContext(
         force, "onnxruntime", inputs, token_map, table_for("onnx"), read_arrays=read_tensors
@@ -403,7 +403,7 @@ def _tolerant(graph: Graph, feeds: Any, *, given: bool) -> Runner | None:
     """A runner, or None where made-up inputs do not run: inputs that the user gave must."""
     if feeds is None:
         return None
-    plain = onnx_runner(feeds)
+    plain = OnnxRunner(feeds)
     try:
         first = plain(graph)
     except ElisionError:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..passes.errors import ElisionError
@@ -56,6 +57,16 @@ def plain_causal_graph(
 def is_picture(value: Any) -> bool:
     """Whether this is what differs from picture to picture."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def pictures_of(images: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays and tensors of floats as tensors of float32, everything else as it is."""
+    found: dict[str, Any] = {}
+    for name, item in images.items():
+        if isinstance(item, np.ndarray) and item.dtype.kind == "f":
+            item = torch.from_numpy(item)
+        found[name] = item.to(torch.float32) if isinstance(item, torch.Tensor) and is_picture(item) else item
+    return found
 
 
 @contextlib.contextmanager

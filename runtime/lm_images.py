@@ -24,8 +24,8 @@ Run = Callable[[list[np.ndarray]], list[np.ndarray]]
 @dataclass(frozen=True)
 class ImageFacts:
     """placeholder: the id that stands for image tokens in a prompt. first: the id of row 0 (V). rows: tokens of one
-    image; kept: those of them that become rows. width: C. shapes: of what the vision part reads for one image, by name.
-    reach: positions that the step graph has. compact: whether tokens count from 0 without those that were left out."""
+    image; kept: how many of them become rows at most. width: C. shapes: of what the vision part reads for one image, by
+    name. reach: positions that the step graph has. compact: whether tokens count from 0 without those left out."""
 
     placeholder: int
     first: int
@@ -62,8 +62,8 @@ class Written:
 
 
 class Pictures:
-    """The vision part of a model. run: arrays in the order of `facts.shapes` -> features [.., C], and the places of
-    those that were kept, [images, kept] int, where some were left out."""
+    """The vision part of a model. run: arrays in the order of `facts.shapes` -> features [.., C]; where some were left
+    out, the places of those that were kept, [images, kept] int; with a budget by content also their sizes."""
 
     def __init__(self, run: Run, facts: ImageFacts) -> None:
         self._run, self.facts = run, facts
@@ -134,13 +134,15 @@ class Pictures:
                 given[name][number * shape[0] : (number + 1) * shape[0]]
                 for name, shape in facts.shapes.items()
             ]
-            features, *kept = self._run(part)
-            rows.append(np.asarray(features, np.float32).reshape(-1, facts.width))
-            if kept:
-                each = facts.rows // kept[0].shape[0]
-                own = (kept[0] + each * np.arange(kept[0].shape[0])[:, None]).reshape(-1)
-            else:
-                own = np.arange(facts.rows)
+            features, *told = self._run(part)
+            made, own = np.asarray(features, np.float32).reshape(-1, facts.width), np.arange(facts.rows)
+            if told:
+                kept = told[0]
+                own = (kept + facts.rows // len(kept) * np.arange(len(kept))[:, None]).reshape(-1)
+            if len(told) > 1:  # a budget by content: slots of size 0 hold nobody
+                real = told[1].reshape(-1) > 0
+                made, own = made[real], own[real]
+            rows.append(made)
             places.append(own + number * facts.rows)
         return np.concatenate(rows), np.concatenate(places)
 

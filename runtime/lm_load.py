@@ -46,9 +46,9 @@ def tokenizer_in(folder: Path) -> Any:
         )
 
 
-def load_module(source: Source) -> tuple[Any, list[Any]]:
+def load_module(source: Source, pictures: bool = False) -> tuple[Any, list[Any]]:
     """(the model of a folder or GGUF file as an nn.Module in float32, in evaluation mode; the matrices that a GPTQ or
-    AWQ folder keeps in few bits). Raises ModelFileError."""
+    AWQ folder keeps in few bits). pictures: of a folder, one that reads pictures. Raises ModelFileError."""
     transformers = _transformers()
     import torch
 
@@ -60,7 +60,7 @@ def load_module(source: Source) -> tuple[Any, list[Any]]:
         auto = transformers.AutoModelForCausalLM
     else:
         options["use_safetensors"] = True
-        auto = _auto_class(transformers, source)
+        auto = _auto_class(transformers, source, pictures)
     kept: list[Any] = []
     with _quietly(f"{source.path}: the model cannot be loaded"):
         if is_quantized(source):
@@ -73,11 +73,13 @@ def load_module(source: Source) -> tuple[Any, list[Any]]:
     return module.eval().requires_grad_(False), kept
 
 
-def _auto_class(transformers: Any, source: Source) -> Any:
+def _auto_class(transformers: Any, source: Source, pictures: bool) -> Any:
     """The class of loaders for what config.json describes."""
     config = read_json(source.path / "config.json")
     if not config.get("model_type"):
         raise ModelFileError(f"{source.path}: config.json names no model_type")
+    if pictures:
+        return transformers.AutoModelForImageTextToText
     names = config.get("architectures") or [""]
     if config.get("is_encoder_decoder"):
         speech = "Speech" in names[0] or config["model_type"] == "whisper"

@@ -23,7 +23,7 @@ from .lm_source import Source, find
 from .lm_step import StepModel
 from .lm_text import Text
 
-STEP, PRELUDE, TOKENIZER = "step.onnx", "prelude.onnx", "tokenizer"
+STEP, PRELUDE, TOKENIZER = "step.onnx", "prelude", "tokenizer"
 
 Tell = Callable[[str], None]
 
@@ -58,6 +58,10 @@ def open_model(
     wanted = wanted_by("Generator", bits, runtime, context, threads, options)
     if wanted.drop and images is None:
         raise ElisionError("drop is for models that read pictures: give an example of them as images")
+    if images is not None:
+        from .lm_export import pictures_of
+
+        images = pictures_of(images)
     if not isinstance(model, str | os.PathLike):
         facts = facts_of_module(checked_module(model, "a transformers model"))
         compiler = Compiler(None, wanted, threads, notify, module=model, facts=facts, images=images)
@@ -65,6 +69,11 @@ def open_model(
     else:
         source = find(model)
         check(source)
+        if images is not None and source.kind != "folder":
+            raise ElisionError(
+                f"{source.path}: pictures are read by a transformers model, in memory or in a folder, not by a "
+                f"{source.kind.upper()} file"
+            )
         told = wanted.to_json() | ({} if images is None else {"images": described(images)})
         name, called = lm_artefact.key(source.digest(), told) if cache else None, str(model)
         compiler = Compiler(source, wanted, threads, notify, images=images)
@@ -173,7 +182,7 @@ def start(folder: Path, runtime: str, vocabulary: int, threads: int, scored: boo
         from .h2o_onnx import ScoredOnnxSteps
         from .lm_onnx import OnnxSteps
 
-        prelude = folder / PRELUDE
+        prelude = folder / f"{PRELUDE}.onnx"
         steps = ScoredOnnxSteps if scored else OnnxSteps
         return steps(folder / STEP, vocabulary, prelude if prelude.is_file() else None, threads)
     from .h2o_torch import ScoredTorchSteps
@@ -181,7 +190,7 @@ def start(folder: Path, runtime: str, vocabulary: int, threads: int, scored: boo
     from .lm_torch_file import load
 
     module, names = load(folder)
-    inner, its = (None, {}) if not (folder / "prelude").is_dir() else load(folder / "prelude")
+    inner, its = (None, {}) if not (folder / PRELUDE).is_dir() else load(folder / PRELUDE)
     return (ScoredTorchSteps if scored else TorchSteps)(
         module,
         names["inputs"],
@@ -284,7 +293,7 @@ class Compiler:
 
             assert self.source is not None
             self.tell("loading the weights")
-            self.module, self.kept = load_module(self.source)
+            self.module, self.kept = load_module(self.source, self.images is not None)
             self.facts = facts_of_module(self.module)
         return plain_graph(self.module, self.wanted.runtime, self.tell, self.images)
 
@@ -316,7 +325,7 @@ def save(compiled: Compiled, folder: Path) -> None:
     else:
         save_module(graph, folder)
     if compiled.prelude is not None:
-        save_part(compiled.prelude, folder, "prelude")
+        save_part(compiled.prelude, folder, PRELUDE)
 
 
 def save_part(graph: Any, folder: Path, name: str) -> None:

@@ -85,6 +85,8 @@ def _check_reading(
     does not: where image tokens see each other both ways, for example, which a trace without a cache hides."""
     import torch
 
+    if not hasattr(module, "generate"):
+        raise Refused(f"{type(module).__name__} has no generate to compare its reading of an image with")
     tell("comparing with the model's own reading of an image")
     known = split.passes[-1].extra
     text, vision = (
@@ -117,8 +119,7 @@ def dropping(text: str) -> list[Pass]:
     found: list[Pass] = []
     for one in parse(text) if text else []:
         if one.name == "token-drop" and "outputs" not in one.given:
-            given: dict[str, Any] = {name: getattr(one.options, name) for name in one.given}
-            one = type(one)(**given, outputs="kept")
+            one = one.with_options(outputs="kept")
         if one.name == "token-drop" and one.options.outputs != "kept":
             raise ElisionError(
                 f"{one}: the tokens of a picture that go must be gone for the text (outputs=kept)"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..passes.errors import ElisionError
+from .tensors import like
 
 
 class Shortened(NamedTuple):
@@ -60,7 +61,7 @@ def drop_placeholders(
     if padding is not None:
         found = np.where(beyond, np.asarray(padding, ids.dtype), found)
     places = np.where(beyond, ids.shape[1] - 1, places)
-    return Shortened(_like(found, input_ids), _like(places, input_ids))
+    return Shortened(like(found, input_ids), like(places, input_ids))
 
 
 def _integers(given: Any, name: str) -> np.ndarray:
@@ -68,11 +69,3 @@ def _integers(given: Any, name: str) -> np.ndarray:
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise ElisionError(f"{name} must be integers [rows, tokens], not {array.dtype} {list(array.shape)}")
     return array
-
-
-def _like(array: np.ndarray, given: Any) -> Any:
-    if not hasattr(given, "detach"):
-        return array
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(array)).to(given.device)

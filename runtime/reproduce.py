@@ -22,7 +22,7 @@ from ..passes.errors import ElisionError
 from ..passes.ir.graph import Graph
 from .files import check_target, write_text
 from .inputs import first_line, made_up, made_up_feeds
-from .runners import Runner, fx_runner, onnx_runner
+from .runners import FxRunner, OnnxRunner, Runner
 from .tensors import read_tensors
 
 FORMAT = "elision-reproducer"
@@ -160,7 +160,7 @@ def _decode_onnx(data: dict[str, Any]) -> tuple[Graph, Runner | None]:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, str(entry["name"])))
     graph = open_onnx(proto)
     feeds = made_up_feeds(graph)
-    return graph, onnx_runner(feeds) if feeds is not None else None
+    return graph, OnnxRunner(feeds) if feeds is not None else None
 
 
 def _decode_fx(data: dict[str, Any]) -> tuple[Graph, Runner | None]:
@@ -184,7 +184,7 @@ def _decode_fx(data: dict[str, Any]) -> tuple[Graph, Runner | None]:
         if array is None:
             return graph, None
         arguments.append(torch.from_numpy(np.ascontiguousarray(array)).to(value.dtype))
-    return graph, fx_runner(arguments, {})
+    return graph, FxRunner(arguments, {})
 
 
 # ---- replaying -----------------------------------------------------------------------------------------

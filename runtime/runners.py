@@ -13,6 +13,7 @@ import numpy as np
 from ..passes.errors import ElisionError, VerificationError
 from ..passes.ir.graph import Graph
 from .inputs import first_line
+from .tensors import tensors_of
 
 Runner = Callable[[Graph], list[np.ndarray]]
 
@@ -43,20 +44,6 @@ class FxRunner:
     def with_inputs(self, added: Mapping[str, np.ndarray]) -> Runner:
         """The same for a graph that takes inputs of these names besides."""
         return FxRunner(self.args, {**self.kwargs, **tensors_of(added)})
-
-
-def tensors_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays as tensors in host memory."""
-    import torch
-
-    from ..passes.ir.fx_nodes import to_tensor
-
-    return {name: to_tensor(array, torch.device("cpu")) for name, array in arrays.items()}
-
-
-def fx_runner(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Runner:
-    """Runs an FxGraph on these arguments."""
-    return FxRunner(args, kwargs)
 
 
 def _plain(tensor: Any) -> np.ndarray:
@@ -99,11 +86,6 @@ class Remembered:
 
     def with_inputs(self, added: Mapping[str, np.ndarray]) -> Runner:
         return self.runner.with_inputs(added)
-
-
-def onnx_runner(feeds: Mapping[str, np.ndarray]) -> OnnxRunner:
-    """Runs an OnnxGraph on these inputs."""
-    return OnnxRunner(feeds)
 
 
 def run_model(model: Any, feeds: Mapping[str, np.ndarray]) -> list[Any]:

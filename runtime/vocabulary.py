@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..passes.errors import ElisionError
+from .tensors import like
 from .vocabulary_merges import RULES, BatchMerges, Cut, MergeList, Piece
 from .vocabulary_predictors import PREDICTORS, EmbeddingCache, Predictor
 from .vocabulary_source import Source, read_source
@@ -57,7 +58,7 @@ class DynamicBatch:
         new_place = rows * new.shape[1] + slot[rows, places]
         first = np.unique(new_place, return_index=True)[1]
         new.reshape(-1)[new_place[first]] = np.asarray(values)[rows[first], places[first]]
-        return _like(new, values)
+        return like(new, values)
 
     def restore(self, outputs: Any) -> Any:
         """outputs [B, N', ...] of the new tokens, for every token as it was [B, N, ...]; zeros for padding."""
@@ -67,7 +68,7 @@ class DynamicBatch:
         )
         found = given[np.arange(len(slot))[:, None], np.maximum(slot, 0)]
         real = (slot >= 0).reshape(*slot.shape, *[1] * (given.ndim - 2))
-        return _like(np.where(real, found, np.zeros((), given.dtype)), outputs)
+        return like(np.where(real, found, np.zeros((), given.dtype)), outputs)
 
 
 class DynamicVocabulary:
@@ -268,14 +269,6 @@ class DynamicVocabulary:
         import ml_dtypes
 
         return array.astype(ml_dtypes.bfloat16 if self.source.dtype == "bfloat16" else self.source.dtype)
-
-
-def _like(array: np.ndarray, like: Any) -> Any:
-    if not hasattr(like, "detach"):
-        return array
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
 
 
 def _merges(given: Any) -> Any:

@@ -16,6 +16,11 @@ LOOKED_UP = 4  # passed through an embedding table indexed by an input
 SHAPE_ONLY = frozenset({"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"})
 
 
+def reads_shapes(op: Op) -> bool:
+    """Whether an op takes no more of its operands than their shapes."""
+    return op.kind in ("size", "create") or op.attrs.get("fn") in SHAPE_ONLY
+
+
 def is_float(value: Value) -> bool:
     return value.dtype.startswith(("float", "bfloat"))
 
@@ -33,7 +38,7 @@ class Flow:
         for index, op in enumerate(graph.ops):
             bits = 1 << index
             flags = 0
-            shape_only = op.kind in ("size", "create") or op.attrs.get("fn") in SHAPE_ONLY
+            shape_only = reads_shapes(op)
             for value in op.inputs:
                 if value is None:
                     continue

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..errors import NothingMatched, Refused
 from ..ir.graph import Graph, Op, Value
-from .flow import SHAPE_ONLY, is_float
+from .flow import is_float, reads_shapes
 
 _LOOKUPS = ("embedding", "gather")
 _ADDITIONS = ("add", "residual_add")
@@ -127,7 +127,7 @@ def without_idle(value: Value) -> Value:
 def _content(graph: Graph, ids: Value) -> _Content:
     found, plain = _Content(), {ids}
     for op in graph.ops:
-        if op.kind in ("size", "create") or op.attrs.get("fn") in SHAPE_ONLY:
+        if reads_shapes(op):
             continue
         operands = [v for v in op.inputs if v is not None]
         if any(v in found.values for v in operands):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..errors import NothingMatched
 from ..ir.graph import Dim, Graph, Op, Value
 from .axes import AxisType, AxisTypes, Size
 from .flow import FLOAT_INPUT, Flow, is_float
@@ -328,3 +329,12 @@ def endings(analysis: Analysis, space: TokenSpace) -> Iterator[str]:
     for index, value in enumerate(analysis.graph.outputs):
         if analysis.token_axes(space, value):
             yield f"output {index} (%{value.name}) has one row per token"
+
+
+def no_attention(analysis: Analysis, who: str) -> NothingMatched:
+    """What the pass `who` says of a graph in which no tokens attend to each other."""
+    graph = analysis.graph
+    return NothingMatched(
+        f"{who} found no self-attention over tokens "
+        f"({len(graph.ops_of('attention'))} attention ops among {len(graph.ops)} operations)"
+    )

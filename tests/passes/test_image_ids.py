@@ -62,9 +62,7 @@ def outputs(graph: Graph, given: list[np.ndarray]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("host", ["fx", "onnx"])
-@pytest.mark.parametrize(
-    "name", [n if n in ("llava", "smolvlm") else pytest.param(n, marks=pytest.mark.slow) for n in WRITTEN]
-)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_ids_of_rows_say_what_placeholders_said(name: str, host: str) -> None:
     graph, given = graph_of(name, host)
     whole, model = graph.copy(), VLMS[name]

@@ -9,7 +9,7 @@ from elision.passes import PassContext, VerificationError, run_pipeline
 from elision.passes.incremental import Incremental
 from elision.passes.ir.fx import FxGraph
 from elision.runtime.lm_export import plain_causal_graph
-from elision.runtime.runners import fx_runner
+from elision.runtime.runners import FxRunner
 
 from ..zoo.causal import CAUSAL, VOCABULARY, causal_model, source_of
 from .step_runs import Steps, check_steps, close, logits_of
@@ -160,7 +160,7 @@ def test_the_manager_compares_a_chain_with_the_plain_graph():
         graph = plain_graph(name)
         source, ids = source_of(model), torch.randint(3, VOCABULARY, (1, 11))
         examples = [ids] if source is None else [source, ids]
-        runner = fx_runner([], dict(zip([v.name for v in graph.inputs], examples)))
+        runner = FxRunner([], dict(zip([v.name for v in graph.inputs], examples)))
         report = run_pipeline(
             graph,
             f"incremental{{capacity={CAPACITY}}}",

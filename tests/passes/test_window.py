@@ -21,7 +21,7 @@ from elision.passes.onnx.io import from_proto
 from elision.passes.pipeline import format, parse
 from elision.passes.window import Window, check_window
 from elision.runtime.lm_compile import plain_graph
-from elision.runtime.runners import fx_runner
+from elision.runtime.runners import FxRunner
 from elision.runtime.table import table_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -316,7 +316,7 @@ def compared(single: Any) -> Any:
     graph = plain("llada")
     examples = [torch.randint(0, V, (1, 11))]
     context = PassContext(example_inputs=examples)
-    return run_pipeline(graph, single, context=context, runner=fx_runner(examples, {}))
+    return run_pipeline(graph, single, context=context, runner=FxRunner(examples, {}))
 
 
 def test_the_manager_compares_a_step_with_the_plain_graph():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,47 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         elision.Generator(module(), drop=DROP)
     with pytest.raises(ElisionError, match="must be gone for the text"):
         elision.Generator(module(), images=picture(), drop="token-drop{outputs=restore}", cache=False)
+
+
+def test_a_budget_by_content_gives_every_image_its_own_number_of_rows() -> None:
+    found = generator("torch", "token-drop{policy=cls-topk budget=0.5 adaptive=mass mass=0.7}")
+    assert found.pictures is not None
+    busy = {"pixel_values": 30 * picture(5)["pixel_values"]}
+    counts = []
+    for images in (picture(3), busy):
+        written = found.pictures.written("it", prompt(1), images)
+        assert written is not None and len(written.ids) == 1 + 10 + len(written.rows)
+        assert sorted(t for t in written.ids if t >= 200) == list(range(200, 200 + len(written.rows)))
+        assert written.places[-1] == 1 + 10 + 64 - 1 and (np.diff(written.places) > 0).all()
+        counts.append(len(written.rows))
+        one = found.generate(prompt(1), NEW, images=images, eos=[])
+        assert one.token_ids == recomputed(found, prompt(1), images)
+    assert counts[0] != counts[1] and max(counts) < 32  # the capacity
+
+
+@pytest.mark.slow
+def test_a_folder_with_arrays_of_pixels(tmp_path: Path) -> None:
+    module().save_pretrained(tmp_path / "model")
+    example = {"pixel_values": picture()["pixel_values"].numpy()}
+    options = {"images": example, "drop": DROP, "context": 256, "runtime": "torch"}
+    for cached in (False, True, True):
+        found = elision.Generator(tmp_path / "model", cache=cached, **options)
+        one = found.generate(
+            prompt(1, 1), NEW, images={"pixel_values": picture(1)["pixel_values"].numpy()}, eos=[]
+        )
+        assert (
+            one.token_ids
+            == generator("torch", DROP).generate(prompt(1, 1), NEW, images=picture(1), eos=[]).token_ids
+        )
+
+
+def test_a_file_reads_no_pictures(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"")
+    with pytest.raises(
+        ElisionError, match="pictures are read by a transformers model, in memory or in a folder"
+    ):
+        elision.Generator(file, images=picture())
 
 
 @pytest.mark.slow
