@@ -25,6 +25,7 @@ LANGUAGE = (
     "windowed",
     "token_drop",
     "dynamic_vocab",
+    "segment_words",
     "cached_attention",
 )
 OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")
