@@ -21,8 +21,8 @@ DEFAULT_IDS = "input_ids"
 
 @dataclass(frozen=True)
 class DynamicVocabOptions:
-    """ids: the name of the input with the token ids. name: of the new input with the rows of the new ids. rows: how
-    many it has; 0: any number. per_text: every text of a batch has rows of its own, [B, M, C]."""
+    """ids: the name of the input with the token ids. name: what the new input with the rows of the new ids is
+    called. rows: how many it has; 0: any number. per_text: every text of a batch has rows of its own, [B, M, C]."""
 
     ids: str = DEFAULT_IDS
     name: str = "table"

@@ -17,7 +17,7 @@ PRODUCTS = ("elision.linear_nbits", "elision.linear_rows")
 
 @dataclass(frozen=True)
 class KeepRowsOptions:
-    """output: which graph output. axis: the one its rows lie along. name: of the new input."""
+    """output: which graph output. axis: the one its rows lie along. name: what the new input is called."""
 
     output: int = 0
     axis: int = 1

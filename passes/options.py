@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, Union, get_args, get_origin
 
 from .errors import PipelineError
@@ -180,3 +180,29 @@ def check_share(name: str, value: float) -> None:
         raise PipelineError(
             f"{name} is a share of the tokens above 0 and up to 1, or a number of them, not {value}"
         )
+
+
+def default_text(entry: Field[Any]) -> str | None:
+    """The canonical text of a field's default; None where it must be given."""
+    if entry.default is not MISSING:
+        return format_value(entry.default)
+    return format_value(entry.default_factory()) if entry.default_factory is not MISSING else None
+
+
+def option_help(cls: type) -> dict[str, str]:
+    """What the docstring of an options class says about each option, without the last full stop.
+
+    An option is told about where its name begins a sentence and a colon follows, as in "`r`: tokens to remove.";
+    several names before one colon share what is said. An option of which nothing is said has "".
+    """
+    known = [f.name for f in fields(cls)]
+    text = " ".join((cls.__doc__ or "").split())
+    name = rf"`?(?:{'|'.join(map(re.escape, known))})`?"
+    start = re.compile(rf"(?:^|(?<=[.;] ))({name}(?:(?:, | and ){name})*): ")
+    found = list(start.finditer(text)) if known else []
+    told = dict.fromkeys(known, "")
+    for here, after in zip(found, [*found[1:], None]):
+        said = text[here.end() : after.start() if after else None].strip().rstrip(".;")
+        for option in re.split(r", | and ", here[1].replace("`", "")):
+            told[option] = said
+    return told

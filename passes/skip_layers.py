@@ -21,9 +21,10 @@ _RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 
 @dataclass(frozen=True)
 class SkipLayersOptions:
-    """layers: numbers from 0 on that are left out, one, a list, or a text as "2,10-19"; it comes before `share`, the
-    part of all layers that is left out, spread evenly, the first and the last layer kept. output: which graph output
-    the scores are. ids: the name of the input with the token ids (by default decoder_input_ids, else input_ids)."""
+    """layers: numbers from 0 on that are left out, one, a list, or a text as "2,10-19"; then share says nothing.
+    share: the part of all layers that is left out, spread evenly, the first and the last layer kept. output: which
+    graph output the scores are. ids: the name of the input with the token ids (by default decoder_input_ids, else
+    input_ids)."""
 
     layers: int | str | list[int | str] = ""
     share: float = 0.5

@@ -45,14 +45,15 @@ class DropOptions:
     had ("keep") or count from 0 ("compact"). `outputs`: per-token outputs have a row for every token, zeros where it
     was dropped ("restore"), or for the kept ones only ("kept"); in a graph without a text that is where tokens are
     dropped then, if no layer is given, or an output. `tiles` and `grid`: so many pictures are one image, the
-    first the whole of it and the others its tiles in (rows, columns); hired then gives `alpha` of the image's budget to
-    the first and shares the rest by the attention of block `budget_layer`. `compat=reference`: hired as its published
-    code does it. `contextual`: share of the budget that visionzip merges the rest into. `neighbours`: how many tokens
-    prumerge takes into each kept one. `seed`: of random. `adaptive`: an image
-    keeps up to the budget the fewest tokens that hold the share `mass` of its scores, or as many as are outliers among
-    them (PruMerge's rule); slots that it does not need hold nobody. `output`: the name of the output that outputs=kept
-    makes shorter, where several hold tokens. `image_tokens`, for fastv in a language model alone: the id of an image's
-    placeholder, or "mask" for a new input that is 1 at image tokens; `image_count` of them are in each text."""
+    first the whole of it and the others its tiles in (rows, columns). `alpha`: the share of the image's budget that
+    hired then gives to the first. `budget_layer`: the block by whose attention it shares the rest. `compat`: hired
+    in our way, or as its published code does it ("reference"). `contextual`: share of the budget that visionzip
+    merges the rest into. `neighbours`: how many tokens prumerge takes into each kept one. `seed`: of the policy
+    random. `adaptive`: an image keeps up to the budget the fewest tokens that hold a share of its scores ("mass"),
+    or as many as are outliers among them (PruMerge's rule); slots that it does not need hold nobody. `mass`: the
+    share that "mass" means. `output`: the name of the output that outputs=kept makes shorter, where several hold
+    tokens. `image_tokens`: for fastv in a language model alone, the id of an image's placeholder, or "mask" for a
+    new input that is 1 at image tokens. `image_count`: how many of them are in each text."""
 
     policy: Policy = "hired"
     budget: float = 0.2

@@ -25,8 +25,8 @@ from .ir.graph import Graph
 
 @dataclass(frozen=True)
 class WindowOptions:
-    """`window`: undecided tokens that are seen. `active`: of them, those that a step computes. `refresh`: steps from
-    one refresh to the next. They are what a sampler does unless it is told otherwise; the graphs are the same.
+    """`window`: undecided tokens that are seen. `active`: those of them that a step computes. `refresh`: steps from
+    one refresh to the next (these three are what a sampler does unless it is told otherwise; the graphs are the same).
     `capacity`: slots of every cache, and positions that the tables hold. `ids`, `mask`, `positions`: names of the
     inputs with token ids, their padding mask and their positions (input_ids, attention_mask, position_ids)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..passes.base import known_passes
 from ..passes.errors import ElisionError, PipelineError
-from ..passes.options import describe, format_value, nearest
+from ..passes.options import default_text, describe, nearest, option_help
 from .api import Result, open_onnx, optimize
 from .bench import Comparison, feeds_or_error
 from .costs import cost_ends
@@ -192,32 +192,27 @@ def describe_passes(name: str | None) -> list[dict[str, Any]]:
 def _describe(cls: Any) -> dict[str, Any]:
     import typing
 
-    hints = typing.get_type_hints(cls.Options)
+    hints, told = typing.get_type_hints(cls.Options), option_help(cls.Options)
     options = [
         {
             "name": entry.name,
             "type": describe(hints[entry.name]),
-            "default": _default(entry),
-            "help": entry.metadata.get("help", ""),
+            "default": default_text(entry),
+            "help": told[entry.name],
         }
         for entry in fields(cls.Options)
     ]
     return {"name": cls.name, "exact": cls.exact, "summary": cls.summary, "options": options}
 
 
-def _default(entry: Any) -> str | None:
-    if entry.default is not MISSING:
-        return format_value(entry.default)
-    return format_value(entry.default_factory()) if entry.default_factory is not MISSING else None
-
-
 def show_passes(console: Console, found: list[dict[str, Any]]) -> None:
+    """Passes and options; what an option means is shown of a single pass, where there is room."""
     for item in found:
         kind = "exact" if item["exact"] else "lossy"
         console.print(Text.assemble((item["name"], "bold"), f" ({kind}): {item['summary']}"))
         for option in item["options"]:
             default = "required" if option["default"] is None else f"default {option['default']}"
-            told = f": {option['help']}" if option["help"] else ""
+            told = f": {option['help']}" if option["help"] and len(found) == 1 else ""
             console.print(f"    {option['name']} = {option['type']} ({default}){told}", markup=False)
 
 
