@@ -192,17 +192,19 @@ def default_text(entry: Field[Any]) -> str | None:
 def option_help(cls: type) -> dict[str, str]:
     """What the docstring of an options class says about each option, without the last full stop.
 
-    An option is told about where its name begins a sentence and a colon follows, as in "`r`: tokens to remove.";
-    several names before one colon share what is said. An option of which nothing is said has "".
+    An option is told about where a sentence begins with its name, between backticks or before a colon, as in "`r`:
+    tokens to remove."; several names before one colon share what is said. An option of which nothing is said has "".
     """
     known = [f.name for f in fields(cls)]
+    if not known:
+        return {}
     text = " ".join((cls.__doc__ or "").split())
-    name = rf"`?(?:{'|'.join(map(re.escape, known))})`?"
-    start = re.compile(rf"(?:^|(?<=[.;] ))({name}(?:(?:, | and ){name})*): ")
-    found = list(start.finditer(text)) if known else []
+    word = f"(?:{'|'.join(map(re.escape, known))})"
+    start = re.compile(rf"(?:^|(?<=[.;] ))(?:(`?{word}`?(?:(?:, | and )`?{word}`?)*): |(`{word}`),? )")
+    found = list(start.finditer(text))
     told = dict.fromkeys(known, "")
     for here, after in zip(found, [*found[1:], None]):
         said = text[here.end() : after.start() if after else None].strip().rstrip(".;")
-        for option in re.split(r", | and ", here[1].replace("`", "")):
-            told[option] = said
+        for option in re.split(r", | and ", (here[1] or here[2]).replace("`", "")):
+            told[option] = told[option] or said
     return told

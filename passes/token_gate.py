@@ -35,14 +35,13 @@ GATE_OUTPUT = "elision_gate"
 @dataclass(frozen=True)
 class GateOptions:
     """`layer`: the gate stands before this block (from the end where negative). `mode`: for training ("soft") or for
-    inference ("hard"). `capacity`: of hard gates, the share of the tokens that there is room for (up to 1), or how
+    inference ("hard"). `capacity`, of hard gates: the share of the tokens that there is room for (up to 1), or how
     many (2 and more); of a sample with more, those of the lowest gate go. `k`: the gate's lower end. `threshold`:
     tokens with a gate above it stay (k / 2); "-inf" keeps all. `softmax1`: later attentions over these tokens may
-    attend to nothing, exp(a) / (1 + sum exp(a)). `norm`: what the hidden states go through before the
-    gate. `protect`: so many
+    attend to nothing, exp(a) / (1 + sum exp(a)). `norm` of the hidden states that the gate reads. `protect`: so many
     first tokens always stay (by default found in the graph). `last`: so many tokens at the end of each sample, its
     padding not counted, always stay (the end-of-sequence token). `gates`: the safetensors file of trained gates.
-    `seed`: of fresh gates."""
+    `seed`: of fresh ones."""
 
     layer: int = 3
     mode: Literal["hard", "soft"] = "hard"

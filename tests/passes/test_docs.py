@@ -58,12 +58,13 @@ def test_help_of_options_is_read_off_a_docstring() -> None:
     @dataclass(frozen=True)
     class Options:
         """`first`: a number; of two kinds. second, `third`: told: together.
-        fourth of nothing. `last`: the end."""
+        fourth of nothing. `fifth`, of some: more. `last`: the end."""
 
         first: int = 0
         second: int = 0
         third: int = 0
         fourth: int = 0
+        fifth: int = 0
         last: int = 0
 
     assert option_help(Options) == {
@@ -71,5 +72,6 @@ def test_help_of_options_is_read_off_a_docstring() -> None:
         "second": "told: together. fourth of nothing",
         "third": "told: together. fourth of nothing",
         "fourth": "",
+        "fifth": "of some: more",
         "last": "the end",
     }
