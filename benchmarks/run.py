@@ -1,7 +1,7 @@
 """Runs the benchmarks and keeps their results: python benchmarks/run.py [NAME ...] [--quick].
 
 Both sides of a comparison run in one process, in turn; figures are medians. Results go to
-benchmarks/results/, the table in docs/benchmarks.md is made from them.
+benchmarks/results/; tables and charts in docs/ are made from them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
+import pictures
 from harness import RESULTS, keep, machine
 
 MODELS = ("vit_cpu", "focus", "match_share", "compile_share", "analysis_speed", "linear_nbits", "eight_bits")
@@ -30,7 +32,7 @@ LANGUAGE = (
 )
 OPS = ("mean_heads", "match_tokens", "merge_tokens", "restore_tokens", "attention", "joined_attention")
 BENCHMARKS = (*MODELS, *LANGUAGE, *OPS, "triton_kernels")
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parent.parent / "docs"
 START, END = "<!-- results: written by benchmarks/run.py -->", "<!-- end of results -->"
 OPS_START, OPS_END = "<!-- ops: written by benchmarks/run.py -->", "<!-- end of ops -->"
 WAYS = ("ATen", "Inductor", "C++ in torch", "ONNX Runtime", "C++ in ONNX Runtime")
@@ -64,12 +66,16 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def fill_page() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    for start, end, content in ((START, END, table()), (OPS_START, OPS_END, op_table())):
-        head, rest = text.split(start)
-        text = f"{head}{start}\n\n{content}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(text, encoding="utf-8")
+def fill_pages() -> None:
+    """Tables and charts in docs/, from the results there are."""
+    todo = [("benchmarks.md", (START, END), table()), ("benchmarks.md", (OPS_START, OPS_END), op_table())]
+    todo += [(page, families.marks(name), make()) for (page, name), make in families.TABLES.items()]
+    for name, (start, end), content in todo:
+        page = DOCS / name
+        head, rest = page.read_text(encoding="utf-8").split(start)
+        page.write_text(f"{head}{start}\n\n{content}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    for name in pictures.CHARTS:
+        pictures.draw(name)
 
 
 def main() -> None:
@@ -88,7 +94,7 @@ def main() -> None:
         if not options.quick:
             keep(name, {"machine": where, **data})
     if not options.quick:
-        fill_page()
+        fill_pages()
 
 
 if __name__ == "__main__":
