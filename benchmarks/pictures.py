@@ -301,7 +301,7 @@ def merged() -> Path:
             small = Image.fromarray(np.asarray(picture)).resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (column * (side + 8), row * (side + 8)))
     path = PICTURES / "token_merge_merged.png"
-    sheet.quantize(128).save(path, optimize=True)
+    sheet.quantize(255, method=Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
     print("tokens left of each:", [count for *_, count in rows])
     return path
 

@@ -1,4 +1,4 @@
-"""Runs the benchmarks and keeps their results: python benchmarks/run.py [NAME ...] [--quick].
+"""Runs the benchmarks and keeps their results: python benchmarks/run.py [NAME ...] [--quick | --pages].
 
 Both sides of a comparison run in one process, in turn; figures are medians. Results go to
 benchmarks/results/; tables and charts in docs/ are made from them.
@@ -82,10 +82,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="smaller models, few rounds; nothing is kept")
+    parser.add_argument(
+        "--pages", action="store_true", help="write tables and charts of docs/ anew, run nothing"
+    )
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark is called {unknown[0]!r} (there are {', '.join(BENCHMARKS)})")
+    if options.pages:
+        fill_pages()
+        return
     for name in options.names or BENCHMARKS:
         where = machine()
         print(f"{name} ...", flush=True)

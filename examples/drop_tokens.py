@@ -11,6 +11,7 @@ budget, DIR/accuracy.json the numbers. `--only-pictures` leaves the questions ou
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from vlm_data import FIRST_IMAGE, PATCH, PATCHES, SIZE, decode, pictures, questions
 from vlm_model import HELD_OUT, load
@@ -98,8 +101,7 @@ def draw_curves(told: dict[str, Any], file: Path) -> None:
     axes.set_xlabel(f"share of the {PATCHES} image tokens that is kept")
     axes.set_ylabel("right answers")
     axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _save(figure, file, 120)
 
 
 @torch.no_grad()
@@ -118,8 +120,7 @@ def draw_kept(program: Any, asked: Asked, file: Path, budget: float = 0.2, row: 
         kept = _over(_kept(program, policy, budget, call)[row])[..., None]
         _show(cell, picture * (0.2 + 0.8 * kept), f"{policy}, {budget:.0%}")
     figure.suptitle(decode(call[0][row].numpy()))
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    _save(figure, file, 110)
 
 
 @torch.no_grad()
@@ -137,8 +138,16 @@ def draw_budgets(program: Any, asked: Asked, file: Path, policy: str = "hired") 
         for cell, (budget, flags) in zip(line[1:], kept.items()):
             title = f"{budget:.0%} of {PATCHES} tokens" if row == rows[0] else ""
             _show(cell, picture * (0.2 + 0.8 * _over(flags[row])[..., None]), title)
-    figure.savefig(file, dpi=100)
+    _save(figure, file, 80)
+
+
+def _save(figure: Figure, file: Path, dpi: int) -> None:
+    """With 255 colours, which these pictures do with."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
     plt.close(figure)
+    picture = Image.open(buffer).convert("RGB")
+    picture.quantize(255, method=Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
 
 
 def _over(patches: Any) -> np.ndarray:

@@ -1,0 +1,53 @@
+"""A pass of one's own that adds an input: which samples of the batch are put out. Works on torch and ONNX graphs.
+
+Run it: `python examples/own_input.py`. docs/own_pass.md walks through it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from elision.passes import Graph, Outcome, Pass, PassContext, Refused, register
+from elision.passes.base import NewSignature, as_array
+
+
+@register
+class PickSamples(Pass):
+    name = "pick-samples"
+    summary = "an output for those samples of the batch that are asked for"
+    exact = True
+
+    @dataclass(frozen=True)
+    class Options:
+        input: str = "samples"  # what the new input is called
+
+    def run(self, graph: Graph, context: PassContext) -> Outcome:
+        value = graph.outputs[0]
+        if not value.shape or value.producer is None:
+            raise Refused(f"%{value.name} is an input, or has no axis of samples")
+        samples = graph.add_input(self.options.input, "int64", ["picked"])
+        picked = graph.insert_plain("gather", [value, samples], {"axis": 0}, after=value.producer)
+        graph.replace_output(0, picked)
+        signature = NewSignature()  # without example inputs nothing is compared
+        if context.example_inputs is not None:
+            given = [as_array(item) for item in context.example_inputs]
+            all_of_them = np.arange(len(given[0]))
+            outputs = list(range(len(graph.outputs)))
+            signature = NewSignature(
+                given, [*given, all_of_them], outputs, added={self.options.input: all_of_them}
+            )
+        return Outcome(
+            changed=True, signature=signature, notes=[f"{self.options.input}: int64, numbers of samples"]
+        )
+
+
+if __name__ == "__main__":
+    import torch
+
+    import elision
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    x = torch.randn(5, 4)
+    result = elision.optimize(model, "pick-samples", (x,))
+    print(result.report.diff(0))
+    print(result.report.passes[0].notes, result.report.passes[0].drift[0])
+    print(result.module(x, torch.tensor([3, 0])))
