@@ -28,15 +28,15 @@ Bits = Literal[4, 8, 16, 32]
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """bits: of the weights of products; 16 keeps rows of 16 bits, 32 changes nothing. group: how many weights share a
-    scale (a multiple of 16; 0: a whole row). symmetric: without zero points. offsets: with symmetric=false, a least
-    weight instead of a zero point. head_bits: of the product over a vocabulary (8 where bits is 4 or 8, else as bits);
-    32 leaves it. embedding_bits: of tables that ids are looked up in (8 where bits is 4 or 8, else 32). method: rtn
-    rounds to the nearest; mse looks for the scale of least error; gptq makes errors good by later weights, which takes
-    samples; auto is gptq where there are samples, else mse. activations: for encoders, all at 8 bits with inputs
-    rounded too. keep_source: weights that come from a quantized file stay as the file has them. scales: their type,
-    float32 in ONNX files, whose operators take no other, else float16; auto rounds them to float16 in both. form: of
-    products in ONNX files, elision or matmulnbits (ONNX Runtime's own)."""
+    """bits: of the products; 16 keeps rows of 16 bits, 32 changes nothing. group: how many weights share a scale (a
+    multiple of 16; 0: a whole row). symmetric: without zero points; offsets: with symmetric=false
+    a least weight instead of a zero point. head_bits, embedding_bits: of the product over a
+    vocabulary and of its table; 32 leaves them.
+    method: rtn rounds to the nearest; mse looks for the scale of least error; gptq makes errors good by later weights,
+    which takes samples; auto is gptq where there are samples, else mse. activations: for encoders, all at 8 bits with
+    inputs rounded too. keep_source: weights that come from a quantized file stay as the file has them.
+    scales: how they are stored, as float32 in ONNX files, whose operators take no other, else as float16; auto rounds
+    them to float16 in both. form: of products in ONNX files, elision or matmulnbits (ONNX Runtime's own)."""
 
     bits: Bits = 4
     group: int = 32

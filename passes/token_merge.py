@@ -28,10 +28,10 @@ class MergeOptions:
     keys or the hidden features. `where`: after the attention, before the block, or around the attention
     only (the tokens are restored right after it). `proportional`: attention adds log(size) to its logits; by
     default unless merging around. `protect`: so many first tokens keep their place (by default found in
-    the graph). `order`: merged tokens stand as published, or in their original order. `destinations`: pairs along the
-    sequence ("bipartite"), or one per cell of the token grid ("grid"), the default around an attention whose tokens
-    are a grid. `cell`: rows and columns of such a cell. `seed`: picks the grid's destinations at random, -1 the top
-    left ones."""
+    the graph). `order`: of the merged tokens, as published or original. `destinations`: pairs along the
+    sequence ("bipartite"), or one per `cell` of the token grid ("grid"), the default around an attention
+    whose tokens are a grid. `seed`: picks the grid's destinations at random, -1 the top left ones. `cell`: rows and
+    columns of a cell."""
 
     r: int | list[int] | None = None
     ratio: float | None = None
