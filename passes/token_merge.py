@@ -23,6 +23,7 @@ from .merge_plan import Cut, Plan, plan_space
 @dataclass(frozen=True)
 class MergeOptions:
     """`r`: tokens to remove in every block, or a list with one number a block (a short list is filled up with 0).
+    `cell`: rows and columns of a cell of the token grid, one token of which is a destination (see `destinations`).
     `ratio`: instead of `r`, the share of the current tokens. `schedule`: r falls ("down") or rises ("up")
     linearly from block to block with the same total. `metric`: what tells similar tokens, the attention's
     keys or the hidden features. `where`: after the attention, before the block, or around the attention
@@ -30,8 +31,7 @@ class MergeOptions:
     default unless merging around. `protect`: so many first tokens keep their place (by default found in
     the graph). `order`: of the merged tokens, as published or original. `destinations`: pairs along the
     sequence ("bipartite"), or one per `cell` of the token grid ("grid"), the default around an attention
-    whose tokens are a grid. `seed`: picks the grid's destinations at random, -1 the top left ones. `cell`: rows and
-    columns of a cell."""
+    whose tokens are a grid. `seed`: picks the grid's destinations at random, -1 the top left ones."""
 
     r: int | list[int] | None = None
     ratio: float | None = None
