@@ -109,6 +109,8 @@ def test_explain(onnx_file):
 
 def test_passes():
     assert DROP in run("passes").stdout
+    said = "how many of the largest logits"
+    assert said in run("passes", "head").stdout and said not in run("passes").stdout
     (found,) = json.loads(run("passes", DROP, "--json").stdout)
     assert found["options"] == [{"name": "times", "type": "an integer", "default": "1", "help": ""}]
 
