@@ -39,13 +39,13 @@ class Sizes:
     """What a run takes: of the model, the data and the training."""
 
     classes: int = 20
-    functions: int = 130  # of a class, at most
+    functions: int = 400  # of a class, at most
     length: int = 96
     width: int = 96
     layers: int = 6
     vocabulary: int = 1200
-    epochs: int = 7
-    more: int = 1  # epochs that every graph is trained on
+    epochs: int = 20
+    more: int = 2  # epochs that every graph is trained on
     batch: int = 32
 
 
