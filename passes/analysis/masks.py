@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ir.graph import Op, Value
-from .flow import LOOKED_UP
+from ..errors import ElisionError
+from ..ir.graph import Op, Value, product, static
+from .flow import LOOKED_UP, is_float
 from .spaces import Analysis, TokenSpace
 
 ORDERS = frozenset(
@@ -22,6 +23,12 @@ ORDERS = frozenset(
         "greater_equal",
     }
 )
+AND = frozenset({"and", "bitwise_and", "logical_and"})
+NOT = frozenset({"not", "bitwise_not", "logical_not"})
+STEPS = 16
+"""At most so many ops are walked back from a mask."""
+LARGEST = 1 << 26
+"""A mask of more elements is not computed to be looked at."""
 TRIANGLES = frozenset({"tril", "triu", "trilu"})
 
 
@@ -40,6 +47,85 @@ def padding_mask(analysis: Analysis, space: TokenSpace) -> Value | None:
         if any(axis == mask.rank - 1 for axis, _ in analysis.token_axes(space, mask)):
             return mask
     return None
+
+
+def told_of_keys(analysis: Analysis, space: TokenSpace, mask: Value) -> Value:
+    """The least of what `mask` is made of that lets the same keys be read, keys along its last axis: true, other than 0
+    or above `THRESHOLD` somewhere for the same of them. A mask of all pairs need not be written out to be asked."""
+    for _ in range(STEPS):
+        narrower = None if mask.producer is None else _narrower(analysis, space, mask.producer)
+        if narrower is None or narrower.shape is None or mask.shape is None:
+            break
+        if not narrower.rank or narrower.shape[-1] != mask.shape[-1]:
+            break
+        mask = narrower
+    return mask
+
+
+def _narrower(analysis: Analysis, space: TokenSpace, op: Op) -> Value | None:
+    x, fn = op.operand(0), op.attrs.get("fn")
+    if x is None or op.output.shape is None:
+        return None
+    if op.kind in ("tie", "expand"):
+        return x
+    if op.kind == "reshape" and x.shape is not None:
+        return x if tuple(op.output.shape) == (1,) * (op.output.rank - x.rank) + tuple(x.shape) else None
+    if op.kind != "elementwise":
+        return None
+    if fn == "cast":
+        return None if is_float(x) or is_float(op.output) else x
+    if fn == "where" and len(op.inputs) == 3:
+        read = [_reads(analysis, v) for v in op.inputs[1:]]
+        if read == [True, False]:
+            return x
+        turned = x.producer
+        negated = turned is not None and turned.attrs.get("fn") in NOT
+        return turned.inputs[0] if turned is not None and negated and read == [False, True] else None
+    if fn in AND and op.output.dtype == "bool" and len(op.inputs) == 2:
+        a, b = op.inputs
+        for one, other in ((a, b), (b, a)):
+            if one is not None and other is not None and _by_key(analysis, space, one):
+                if _lets_all(analysis, other):
+                    return one
+    return None
+
+
+def _by_key(analysis: Analysis, space: TokenSpace, mask: Value) -> bool:
+    """True when `mask` says the same to every query of a sample."""
+    batch = analysis.batch_axis(space, mask)
+    shape = mask.shape or ()
+    return bool(shape) and all(d == 1 for axis, d in enumerate(shape[:-1]) if axis != batch)
+
+
+def _reads(analysis: Analysis, value: Value | None) -> bool | None:
+    """Whether a single number in a mask lets a key be read; None for what is no single number."""
+    from ...kernels.ops.valid_size import THRESHOLD
+
+    data = None
+    if value is not None and value.shape in ((), (1,)) and analysis.graph.is_constant(value):
+        data = analysis.graph.constant_value(value)
+    if data is None:
+        return None
+    number = data.reshape(()).astype(np.float64) if data.dtype.kind != "b" else data.reshape(())
+    floats = value is not None and is_float(value)
+    return bool(number > THRESHOLD) if floats else bool(number != 0)
+
+
+def _lets_all(analysis: Analysis, mask: Value) -> bool:
+    """True when a bool mask that no input has a part in lets each key be read by some query."""
+    if analysis.flow.comes_from(mask) or mask.dtype != "bool":
+        return False
+    shape = static(mask.shape)
+    if shape is None or not shape or product(shape) > LARGEST:
+        return False
+    data = analysis.graph.constant_value(mask)
+    if data is None:
+        try:
+            data = analysis.graph.evaluate([mask], {})[0]
+        except ElisionError:
+            return False
+    # Of several samples every one.
+    return bool(np.any(data, axis=-2).all() if data.ndim > 1 else data.all())
 
 
 def causal_because(analysis: Analysis, attention: Op) -> str:
