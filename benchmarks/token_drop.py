@@ -177,8 +177,8 @@ def _choosing(whole: Path, fewer: Path, feeds: dict[str, np.ndarray]) -> float:
 
 
 def _known(name: str, op: str, known: set[str]) -> bool:
-    """Whether a node of ONNX Runtime's is one of the `known` file: by its name, by the name that it got when others were
-    made one with it (A/Fusion, A_nchwc, by an output), or as a change of layout for one of these."""
+    """Whether a node of ONNX Runtime's is one of the `known` file: by its name, by the name that it got when others
+    were made one with it (A/Fusion, A_nchwc, by an output), or as a change of layout for one of these."""
     if op in ("ReorderInput", "ReorderOutput") or name.startswith("gemm_input_reshape"):
         return True
     parts = name.removesuffix("_nchwc").split("/")

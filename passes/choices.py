@@ -37,6 +37,13 @@ def under_equal_choices(
     """What `after` puts out when it chooses as `before` does. None where they have no choices that belong together,
     where what they are made by differs by more than `allowed` of its largest magnitude, or where equal operands let
     them choose otherwise. `runs`: how each of the two is run."""
+    try:
+        return _agreement(before, after, runs, allowed)
+    except ElisionError:
+        return None  # one of them does not run so: that the outputs differ is what there is to say
+
+
+def _agreement(before: Graph, after: Graph, runs: tuple[Run, Run], allowed: float) -> Agreement | None:
     ops = choices(before)
     if not ops or [_facts(op) for op in ops] != [_facts(op) for op in choices(after)]:
         return None

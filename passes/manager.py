@@ -288,7 +288,7 @@ class _Manager:
                 f"after {single.name} the graph does not run: {_one_line(error)}"
             ) from error
         allowed = drifts.tolerance(before.graph)
-        runs = tuple(partial(self.run_like, state) for state in (before, after))
+        runs = (partial(self.run_like, before), partial(self.run_like, after))
 
         def agreed() -> Agreement | None:
             return under_equal_choices(before.graph, after.graph, runs, allowed)

@@ -74,19 +74,15 @@ def _narrower(analysis: Analysis, space: TokenSpace, op: Op) -> Value | None:
         return None
     if fn == "cast":
         return None if is_float(x) or is_float(op.output) else x
-    if fn == "where" and len(op.inputs) == 3:
-        read = [_reads(analysis, v) for v in op.inputs[1:]]
-        if read == [True, False]:
-            return x
-        turned = x.producer
-        negated = turned is not None and turned.attrs.get("fn") in NOT
-        return turned.inputs[0] if turned is not None and negated and read == [False, True] else None
+    if fn in ("where", "masked_fill"):
+        return _condition(analysis, op)
     if fn in AND and op.output.dtype == "bool" and len(op.inputs) == 2:
         a, b = op.inputs
         for one, other in ((a, b), (b, a)):
-            if one is not None and other is not None and _by_key(analysis, space, one):
-                if _lets_all(analysis, other):
-                    return one
+            if one is None or other is None or one.dtype != "bool":
+                continue
+            if _by_key(analysis, space, one) and _lets_all(analysis, other):
+                return one
     return None
 
 
@@ -97,33 +93,64 @@ def _by_key(analysis: Analysis, space: TokenSpace, mask: Value) -> bool:
     return bool(shape) and all(d == 1 for axis, d in enumerate(shape[:-1]) if axis != batch)
 
 
-def _reads(analysis: Analysis, value: Value | None) -> bool | None:
-    """Whether a single number in a mask lets a key be read; None for what is no single number."""
+def _condition(analysis: Analysis, op: Op) -> Value | None:
+    """What is true where a choice between two constants lets a key be read; None where it is none."""
+    given = [v for v in op.inputs if v is not None]
+    if op.attrs["fn"] == "where":
+        condition, rest = given[0], given[1:]
+        names = ("self", "other")  # numbers among the operands are attributes in torch
+    else:
+        condition, rest = given[1], [*given[2:], given[0]]
+        names = ("value", "")
+    try:
+        read = [_reads(analysis, op.attrs[n] if n in op.attrs else rest.pop(0), op.output) for n in names]
+    except IndexError:
+        return None
+    if read == [True, False]:
+        return condition
+    turned = condition.producer
+    negated = turned is not None and turned.attrs.get("fn") in NOT
+    return turned.inputs[0] if turned is not None and negated and read == [False, True] else None
+
+
+def _reads(analysis: Analysis, entry: object, mask: Value) -> bool | None:
+    """Whether an entry of `mask`, a number or a constant, lets a key be read; None for one that does here and there."""
     from ...kernels.ops.valid_size import THRESHOLD
 
-    data = None
-    if value is not None and value.shape in ((), (1,)) and analysis.graph.is_constant(value):
-        data = analysis.graph.constant_value(value)
-    if data is None:
+    data = _data(analysis, entry) if isinstance(entry, Value) else np.asarray(entry)
+    if data is None or data.dtype.kind not in "bfiu":
         return None
-    number = data.reshape(()).astype(np.float64) if data.dtype.kind != "b" else data.reshape(())
-    floats = value is not None and is_float(value)
-    return bool(number > THRESHOLD) if floats else bool(number != 0)
+    attends = data > THRESHOLD if is_float(mask) else data != 0
+    return bool(attends.all()) if attends.all() or not attends.any() else None
+
+
+def _data(analysis: Analysis, value: Value) -> np.ndarray | None:
+    """What a value is that no input has a part in."""
+    shape = static(value.shape)
+    if analysis.flow.comes_from(value) or shape is None or product(shape) > LARGEST:
+        return None
+    data = analysis.graph.constant_value(value)
+    if data is None and value.producer is not None and not _random(analysis, value.producer):
+        try:
+            data = analysis.graph.evaluate([value], {})[0]
+        except ElisionError:
+            return None
+    return data
+
+
+def _random(analysis: Analysis, op: Op) -> bool:
+    """True when chance has a part in what an op gives."""
+    places = analysis.flow.position
+    bits = analysis.flow.ancestors[places[op]]
+    names = {str(other.attrs.get("fn", "")) for other, place in places.items() if bits >> place & 1}
+    return any(name.startswith(("rand", "bernoulli", "dropout")) for name in names)
 
 
 def _lets_all(analysis: Analysis, mask: Value) -> bool:
     """True when a bool mask that no input has a part in lets each key be read by some query."""
-    if analysis.flow.comes_from(mask) or mask.dtype != "bool":
-        return False
-    shape = static(mask.shape)
-    if shape is None or not shape or product(shape) > LARGEST:
-        return False
-    data = analysis.graph.constant_value(mask)
-    if data is None:
-        try:
-            data = analysis.graph.evaluate([mask], {})[0]
-        except ElisionError:
-            return False
+    data = _data(analysis, mask) if mask.dtype == "bool" else None
+    if data is None or not data.ndim:
+        return bool(data) if data is not None else False
     # Of several samples every one.
     return bool(np.any(data, axis=-2).all() if data.ndim > 1 else data.all())
 

@@ -19,7 +19,17 @@ from tests.zoo.vlm import VLMS, onnx_file
 from .drop_models import call_of, dropped, gone_in, hidden, run, sliced
 
 FAST = ("llava_batch", "internvl", "llava_next")
-SLOW = ("llava", "llava_onevision", "smolvlm", "paligemma", "gemma3", "qwen2_5_vl", "qwen3_vl", "mllama", "blip2")
+SLOW = (
+    "llava",
+    "llava_onevision",
+    "smolvlm",
+    "paligemma",
+    "gemma3",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "mllama",
+    "blip2",
+)
 EVERY = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 QUICK = {"llava_batch": ("hired", "fastv", "visionzip"), "internvl": ("cls-topk",)}
 POLICIES = ("cls-topk", "hired", "similarity", "uniform", "random", "tail", "fastv")
