@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .analysis.flow import SHAPE_ONLY
+from .errors import VerificationError
 from .ir.graph import Dim, Op, Value
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ class EarlyCut:
         crossing = self.crossing
         if any(step.segments for step in steps) or not self._opens(value, DEPTH):
             return None
-        made = self._cut(value, steps, layout, DEPTH)
+        try:
+            made = self._cut(value, steps, layout, DEPTH)
+        except VerificationError:
+            return None  # an operand says a length of its own; what was inserted is dead
         shift = layout[0] - value.rank
         lengths = [
             (axis + shift, crossing.length(steps[-1], ends))
