@@ -24,6 +24,7 @@ ORDERS = frozenset(
     }
 )
 AND = frozenset({"and", "bitwise_and", "logical_and"})
+OR = frozenset({"or", "bitwise_or", "logical_or"})
 NOT = frozenset({"not", "bitwise_not", "logical_not"})
 STEPS = 16
 """At most so many ops are walked back from a mask."""
@@ -68,8 +69,8 @@ def _narrower(analysis: Analysis, space: TokenSpace, op: Op) -> Value | None:
         return None
     if op.kind in ("tie", "expand"):
         return x
-    if op.kind == "reshape" and x.shape is not None:
-        return x if tuple(op.output.shape) == (1,) * (op.output.rank - x.rank) + tuple(x.shape) else None
+    if op.kind == "reshape":
+        return x if _only_in_front(op) else None
     if op.kind != "elementwise":
         return None
     if fn == "cast":
@@ -147,12 +148,37 @@ def _random(analysis: Analysis, op: Op) -> bool:
 
 
 def _lets_all(analysis: Analysis, mask: Value) -> bool:
-    """True when a bool mask that no input has a part in lets each key be read by some query."""
-    data = _data(analysis, mask) if mask.dtype == "bool" else None
-    if data is None or not data.ndim:
-        return bool(data) if data is not None else False
-    # Of several samples every one.
-    return bool(np.any(data, axis=-2).all() if data.ndim > 1 else data.all())
+    """True when a bool mask lets each key be read by some query, whatever the inputs say."""
+    if mask.dtype != "bool" or mask.shape is None:
+        return False
+    data = _data(analysis, mask)
+    if data is not None and data.ndim > 1 and np.any(data, axis=-2).all():  # of several samples every one
+        return True
+    return mask.rank > 1 and mask.shape[-1] == mask.shape[-2] and _own_key(analysis, mask, STEPS)
+
+
+def _own_key(analysis: Analysis, mask: Value, steps: int) -> bool:
+    """True when a bool mask, seen as [..., N, N], lets each query read the key of its own place."""
+    op, data = mask.producer, _data(analysis, mask)
+    if data is not None:
+        square = data.ndim > 1 and data.shape[-1] == data.shape[-2]
+        return bool(np.diagonal(data, axis1=-2, axis2=-1).all() if square else data.all())
+    if op is None or not steps or mask.dtype != "bool":
+        return False
+    operands = [v for v in op.inputs if v is not None]
+    fn = op.attrs.get("fn")
+    if op.kind == "elementwise" and fn in AND | OR and len(operands) == len(op.inputs) == 2:
+        found = [_own_key(analysis, v, steps - 1) for v in operands]
+        return all(found) if fn in AND else any(found)
+    same = op.kind in ("tie", "expand") or fn == "cast" or (op.kind == "reshape" and _only_in_front(op))
+    return same and _own_key(analysis, operands[0], steps - 1)
+
+
+def _only_in_front(op: Op) -> bool:
+    """Whether a reshape does no more than to put axes of length 1 in front."""
+    x, out = op.inputs[0], op.output
+    known = x is not None and x.shape is not None and out.shape is not None
+    return known and tuple(out.shape) == (1,) * (out.rank - x.rank) + tuple(x.shape)  # type: ignore[union-attr]
 
 
 def causal_because(analysis: Analysis, attention: Op) -> str:

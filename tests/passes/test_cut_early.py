@@ -48,6 +48,13 @@ def filled(valid: Tensor, table: Tensor) -> Tensor:
     return torch.zeros(()).masked_fill(~causal(valid, table), -1e9)
 
 
+def grouped(valid: Tensor, table: Tensor) -> Tensor:
+    """Causal, but tokens that the input puts into one group see each other."""
+    queries, keys = places()
+    together = valid[:, None, :, None] == valid[:, None, None, :]
+    return ((keys <= queries) | together) & valid[:, None, None, :].bool()
+
+
 def sloped(valid: Tensor, table: Tensor) -> Tensor:
     queries, keys = places()
     slopes = torch.tensor([0.5, 0.25])[:, None, None]
@@ -88,7 +95,7 @@ def pairs_of(graph: Graph) -> list[str]:
     return [name for name, shape in shapes.items() if tuple(shape[-2:]) == (N, N)]
 
 
-@pytest.mark.parametrize("mask", [causal, window, chosen, filled, sloped, learned])
+@pytest.mark.parametrize("mask", [causal, window, chosen, filled, grouped, sloped, learned])
 def test_the_matrix_of_pairs_is_not_written(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     module = Masked(mask).eval()
