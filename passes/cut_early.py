@@ -90,9 +90,17 @@ class EarlyCut:
         x, out = op.inputs[0] if op.inputs else None, op.output
         if x is None or x.shape is None or out.shape is None:
             return False
-        if op.kind == "reshape":  # axes of length 1 in front
-            return tuple(out.shape) == (1,) * (out.rank - x.rank) + tuple(x.shape)
+        if op.kind == "reshape":
+            return _in_front(op) or self._adds_units(op)
         return op.kind in ("tie", "expand")
+
+    def _adds_units(self, op: Op) -> bool:
+        """True for axes of length 1 that come or go while the batch stays what it is."""
+        crossing, x, out = self.crossing, op.inputs[0], op.output
+        assert x is not None
+        batches = [crossing.analysis.batch_axis(crossing.space, v) for v in (x, out)]
+        lengths = [[d for d in v.shape or () if d != 1] for v in (x, out)]
+        return lengths[0] == lengths[1] and (None not in batches or not crossing.space.batch)
 
     # ---- doing it ------------------------------------------------------------------------------------
     def _cut(self, value: Value, steps: list[Level], layout: Layout, depth: int) -> Value:
@@ -117,6 +125,8 @@ class EarlyCut:
         """What makes `value`, behind the cut."""
         crossing, op = self.crossing, value.producer
         assert op is not None
+        if op.kind == "reshape" and not _in_front(op):
+            return self._reshaped(op, steps, layout, depth)
         inputs = [v if v is None else self._cut(v, steps, layout, depth) for v in op.inputs]
         if op.kind == "elementwise":
             crossing.count("ops over pairs behind the cut")
@@ -126,16 +136,39 @@ class EarlyCut:
         assert inputs[0] is not None
         return self._expanded(value, inputs[0], steps[-1], layout) if op.kind == "expand" else inputs[0]
 
+    def _reshaped(self, op: Op, steps: list[Level], layout: Layout, depth: int) -> Value:
+        crossing, x = self.crossing, op.inputs[0]
+        assert x is not None
+        batch = crossing.analysis.batch_axis(crossing.space, x)
+        fewer = self._cut(x, steps, (x.rank, -1 if batch is None else batch), depth)
+        return self._inserted("reshape", fewer, self._shape(op.output, steps[-1], layout))
+
     def _expanded(self, value: Value, x: Value, step: Level, layout: Layout) -> Value:
         crossing = self.crossing
-        assert value.shape is not None and x.shape is not None
-        shape: list[Dim] = [*(1,) * (layout[0] - value.rank), *value.shape]
-        for axis, ends in crossing.analysis.token_axes(crossing.space, value):
-            shape[axis + layout[0] - value.rank] = crossing.length(step, ends)
+        assert x.shape is not None
+        shape = self._shape(value, step, layout)
         if layout[1] >= 0 and crossing.analysis.batch_axis(crossing.space, value) is None:
             shape[layout[1]] = x.shape[layout[1]] if x.rank == layout[0] else 1
-        if tuple(x.shape) == tuple(shape):
+        return self._inserted("expand", x, shape)
+
+    def _shape(self, value: Value, step: Level, layout: Layout) -> list[Dim]:
+        """That of `value` behind the cut."""
+        assert value.shape is not None
+        shape: list[Dim] = [*(1,) * (layout[0] - value.rank), *value.shape]
+        for axis, ends in self.crossing.analysis.token_axes(self.crossing.space, value):
+            shape[axis + layout[0] - value.rank] = self.crossing.length(step, ends)
+        return shape
+
+    def _inserted(self, kind: str, x: Value, shape: list[Dim]) -> Value:
+        if tuple(x.shape or ()) == tuple(shape):
             return x
-        made = crossing.graph.insert_plain("expand", [x], {"shape": shape}, after=crossing.cursor)
-        crossing.cursor = made.producer
+        made = self.crossing.graph.insert_plain(kind, [x], {"shape": shape}, after=self.crossing.cursor)
+        self.crossing.cursor = made.producer
         return made
+
+
+def _in_front(op: Op) -> bool:
+    """Whether a reshape does no more than to put axes of length 1 in front."""
+    x, out = op.inputs[0], op.output
+    assert x is not None and x.shape is not None and out.shape is not None
+    return tuple(out.shape) == (1,) * (out.rank - x.rank) + tuple(x.shape)

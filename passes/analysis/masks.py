@@ -70,7 +70,7 @@ def _narrower(analysis: Analysis, space: TokenSpace, op: Op) -> Value | None:
     if op.kind in ("tie", "expand"):
         return x
     if op.kind == "reshape":
-        return x if _only_in_front(op) else None
+        return x if _only_units(op, 1) else None
     if op.kind != "elementwise":
         return None
     if fn == "cast":
@@ -170,15 +170,17 @@ def _own_key(analysis: Analysis, mask: Value, steps: int) -> bool:
     if op.kind == "elementwise" and fn in AND | OR and len(operands) == len(op.inputs) == 2:
         found = [_own_key(analysis, v, steps - 1) for v in operands]
         return all(found) if fn in AND else any(found)
-    same = op.kind in ("tie", "expand") or fn == "cast" or (op.kind == "reshape" and _only_in_front(op))
+    same = op.kind in ("tie", "expand") or fn == "cast" or (op.kind == "reshape" and _only_units(op, 2))
     return same and _own_key(analysis, operands[0], steps - 1)
 
 
-def _only_in_front(op: Op) -> bool:
-    """Whether a reshape does no more than to put axes of length 1 in front."""
-    x, out = op.inputs[0], op.output
-    known = x is not None and x.shape is not None and out.shape is not None
-    return known and tuple(out.shape) == (1,) * (out.rank - x.rank) + tuple(x.shape)  # type: ignore[union-attr]
+def _only_units(op: Op, last: int) -> bool:
+    """Whether a reshape does no more than to add or drop axes of length 1, in front of the `last` ones."""
+    x = op.inputs[0]
+    if x is None or x.shape is None or op.output.shape is None:
+        return False
+    old, new = tuple(x.shape), tuple(op.output.shape)
+    return old[-last:] == new[-last:] and [d for d in old if d != 1] == [d for d in new if d != 1]
 
 
 def causal_because(analysis: Analysis, attention: Op) -> str:

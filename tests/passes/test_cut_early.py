@@ -49,10 +49,10 @@ def filled(valid: Tensor, table: Tensor) -> Tensor:
 
 
 def grouped(valid: Tensor, table: Tensor) -> Tensor:
-    """Causal, but tokens that the input puts into one group see each other."""
+    """Causal, but tokens that the input puts into one group see each other; the heads' axis comes last."""
     queries, keys = places()
-    together = valid[:, None, :, None] == valid[:, None, None, :]
-    return ((keys <= queries) | together) & valid[:, None, None, :].bool()
+    together = valid[:, :, None] == valid[:, None, :]
+    return (((keys <= queries) | together) & valid[:, None, :].bool())[:, None]
 
 
 def sloped(valid: Tensor, table: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def test_a_file_has_the_condition_cut_and_asks_it_for_padding(
     (where,) = [op for op in early.ops if op.target == "Where"]
     assert tuple(where.output.shape or ()) == (2, 1, KEPT, KEPT)
     (asked,) = [op.inputs[0] for op in early.ops if op.target.endswith("valid_size")]
-    assert asked is not None and asked.name == "keys"
+    assert asked is early.inputs[1]  # nothing that it is made into
     monkeypatch.setattr(EarlyCut, "made", lambda *_: None)
     late = apply(graph, DROP)
     feeds = {name: array.numpy() for name, array in zip(("x", "valid"), call())}
