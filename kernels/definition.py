@@ -55,6 +55,7 @@ class OpDef:
     position. None: it mixes others.
     same_bits: what its kernels are for is that a row has the same bits among any number of rows, which the reference
     does not promise; they are taken wherever they can be, fast or not.
+    chooses: its results are whole numbers or flags that jump where an operand changes by as little as rounding.
     source: where the op was described first.
     """
 
@@ -75,6 +76,7 @@ class OpDef:
     opaque_shapes: bool = False
     mixes: int | None = None
     same_bits: bool = False
+    chooses: bool = False
     source: str = ""
     _cache: dict[str, onnx.FunctionProto] = field(default_factory=dict, repr=False, compare=False, init=False)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from .analysis.flow import is_float
 from .analysis.spaces import Analysis, Ends, TokenSpace
+from .cut_early import EarlyCut
 from .errors import Refused
 from .ir.graph import Dim, Graph, Op, Value
 
@@ -94,6 +95,7 @@ class Crossing:
         self.at: dict[Value, Level] = {}
         self._variants: dict[tuple[Value, int, Layout], Value] = {}
         self._firsts: dict[tuple[object, ...], Value] = {}
+        self._early = EarlyCut(self)
         self.stale: dict[Value, Value] | None = None
         """What dropped tokens read in a restored value, for each value that can be; None: zeros, in any."""
         self.statistics: dict[str, int] = {}
@@ -219,13 +221,17 @@ class Crossing:
                 f"{op.target} (%{op.name}) reads %{value.name}, features of the tokens that have no batch axis"
             )
         chain = level.chain()
-        first = self._first(value) if mine is self.ground and stands is value else value
-        for step in chain[chain.index(mine) + 1 :] if mine in chain else chain:
-            if not step.mapped:
-                continue
+        steps = [s for s in (chain[chain.index(mine) + 1 :] if mine in chain else chain) if s.mapped]
+        first = value
+        if steps and mine is self.ground and stands is value:
+            first = self._first(value)
+            early = None if features else self._early.made(first, steps, layout)
+            if early is not None:
+                return early
+        for step in steps:
             key = (first, step.number, layout)
             if key not in self._variants:
-                crossed = self._merged if features and not step.drops else self._selected
+                crossed = self._merged if features and not step.drops else self.selected
                 if self.renumber and not features and not mask and len(axes) == 1 and is_float(value):
                     crossed = self._renumbered
                     if self.analysis.flow.comes_from(value):
@@ -265,7 +271,7 @@ class Crossing:
         size = self.size_of(step.parent, ends)
         return self.insert("merge_tokens", [x, size, *self.map_of(step, ends)], attrs)[0]
 
-    def _selected(
+    def selected(
         self, x: Value, axes: list[tuple[int, Ends]], step: Level, own_rank: int, layout: Layout
     ) -> Value:
         """Positions, masks, ids and pairwise biases across one cut: the rows of the kept tokens; of units, where a mask

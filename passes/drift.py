@@ -96,6 +96,11 @@ def within(reference: Any, drift: Drift, tolerance: float) -> bool:
     return drift.max_abs <= tolerance * (scale or 1.0)
 
 
+def beyond(reference: Sequence[Any], found: Sequence[Drift], tolerance: float) -> Drift | None:
+    """The first of the drifts that is too large for an exact pass."""
+    return next((d for old, d in zip(reference, found) if not within(old, d, tolerance)), None)
+
+
 def tolerance(graph: Graph) -> float:
     """The tolerance for exact passes on this graph, see TOLERANCE."""
     if any(

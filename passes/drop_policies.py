@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sympy
 
-from .analysis.masks import padding_mask
+from .analysis.masks import padding_mask, told_of_keys
 from .analysis.spaces import Analysis, TokenSpace
 from .errors import Refused
 from .ir.graph import Dim, Op, Value, product
@@ -159,6 +159,7 @@ def valid_tokens(write: Writer, analysis: Analysis, space: TokenSpace) -> Value 
     mask = padding_mask(analysis, space)
     if mask is None:
         return None
+    mask = told_of_keys(analysis, space, mask)
     batch = analysis.batch_axis(space, mask)
     write.cursor = write.graph.hoist(mask, write.cursor)
     return write("valid_size", [mask], axis=mask.rank - 1, batch_axis=-1 if batch is None else batch)[0]

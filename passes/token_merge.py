@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .analysis.masks import told_of_keys
 from .analysis.spaces import Analysis, analyse, no_attention
 from .base import Outcome, Pass, PassContext, register
 from .cut import Cutter
@@ -245,7 +246,8 @@ class _Merger:
         """Size 1 for a token, 0 for padding: [B, N] or [1, N] float32."""
         mask = self.plan.padding
         assert mask is not None
-        crossing = self.cutter.crossing
-        batch = self.cutter.analysis.batch_axis(self.plan.space, mask)
+        crossing, analysis = self.cutter.crossing, self.cutter.analysis
+        mask = told_of_keys(analysis, self.plan.space, mask)
+        batch = analysis.batch_axis(self.plan.space, mask)
         attrs = {"axis": mask.rank - 1, "batch_axis": -1 if batch is None else batch}
         return crossing.insert("valid_size", [crossing.current(mask)], attrs)[0]

@@ -1,7 +1,7 @@
 """Rows that were folded together, [B, N, C] as [B * N, C], get their two axes back where every row is computed alone.
 
 Some models (OPT) fold batch and tokens for their MLP. What cuts the tokens cannot cut such rows; the same ops on the
-unfolded value give the same rows.
+unfolded value give the same rows. A Gemm, which takes matrices only, becomes a MatMul and an Add for it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from .analysis.spaces import Analysis
 from .ir.graph import Graph, Op, Value
 
+MATRICES_ONLY = "Gemm"
 BY_ROW = frozenset({"linear", "norm", "elementwise", "tie"})
 
 
@@ -22,7 +23,7 @@ def unfold(graph: Graph, analysis: Analysis) -> int:
             continue
         if _returns(analysis, op):
             continue
-        if op.kind not in BY_ROW or not _alone(op, region):
+        if op.kind not in BY_ROW or not _alone(graph, op, region):
             return 0
         inside.append(op)
         region.update(dict.fromkeys(op.outputs))
@@ -33,7 +34,10 @@ def unfold(graph: Graph, analysis: Analysis) -> int:
         for user, index in list(op.output.users):
             graph.set_operand(user, index, x)
     for op in inside:
-        graph.refresh(op)
+        if op.target == MATRICES_ONLY:
+            _of_any_rank(graph, op)
+        else:
+            graph.refresh(op)
     if found:
         graph.remove_dead()  # the folding reshapes
     return len(found)
@@ -63,10 +67,26 @@ def _returns(analysis: Analysis, op: Op) -> bool:
     return analysis.axes.type(x, 0) == batch + tokens
 
 
-def _alone(op: Op, region: dict[Value, None]) -> bool:
+def _alone(graph: Graph, op: Op, region: dict[Value, None]) -> bool:
     """True when `op` computes its rows one by one, also when they have two axes in front."""
-    if op.target == "Gemm":  # takes matrices only
-        return False
     if op.kind == "norm" and tuple(op.attrs.get("axes", ())) != (op.output.rank - 1,):
         return False
+    if op.target == MATRICES_ONLY:
+        x, weight, bias = op.inputs[0], op.operand(1), op.operand(2)
+        plain = "alpha" not in op.attrs and "beta" not in op.attrs and (bias is None or bias.rank <= 1)
+        return plain and x in region and weight is not None and graph.constant_value(weight) is not None
     return all(v is None or v in region or v.rank <= 1 or op.kind == "linear" for v in op.inputs)
+
+
+def _of_any_rank(graph: Graph, op: Op) -> None:
+    """A product that takes matrices only as one that takes rows with any number of axes in front."""
+    x, weight, bias = op.inputs[0], op.inputs[1], op.operand(2)
+    assert x is not None and weight is not None
+    if op.attrs["transposed"]:
+        array = graph.constant_value(weight)
+        assert array is not None
+        weight = graph.insert_constant(array.T, f"{weight.name}_turned")
+    made = graph.insert_plain("matmul", [x, weight], {}, after=op)
+    if bias is not None:
+        made = graph.insert_plain("add", [made, bias], {}, after=made.producer)
+    graph.replace_uses(op.output, made)

@@ -92,5 +92,6 @@ OP = OpDef(
     dtypes=lambda dtypes, attrs: ["int32"],
     body=_body,
     work=lambda shapes, attrs: 6 * shapes[0][0] * shapes[0][1],
+    chooses=True,
     source="outliers: Shang et al., LLaVA-PruMerge, ICCV 2025; a share of the scores, capacity and order: ours",
 )

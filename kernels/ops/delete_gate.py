@@ -221,4 +221,5 @@ BUDGET = OpDef(
     dtypes=lambda dtypes, attrs: ["float32", "int32"],
     body=_budget_body,
     work=lambda shapes, attrs: 4 * numel(shapes[0]),
+    chooses=True,
 )

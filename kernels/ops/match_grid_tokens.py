@@ -133,5 +133,6 @@ OP = OpDef(
     dtypes=lambda dtypes, attrs: ["int32"] * 3,
     body=_body,
     work=_work,
+    chooses=True,
     source="Bolya and Hoffman, Token Merging for Fast Stable Diffusion, CVPRW 2023",
 )

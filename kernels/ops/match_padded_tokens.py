@@ -177,5 +177,6 @@ OP = OpDef(
     body=_body,
     custom={0: FLOATS},
     work=matching_work,
+    chooses=True,
     source="Bolya et al., ICLR 2023, which has no padding",
 )

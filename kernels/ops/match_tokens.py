@@ -191,5 +191,6 @@ OP = OpDef(
     custom={0: FLOATS},
     work=matching_work,
     traffic=_traffic,
+    chooses=True,
     source="Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023",
 )

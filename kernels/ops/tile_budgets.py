@@ -176,5 +176,6 @@ OP = OpDef(
     dtypes=lambda dtypes, attrs: ["int32"],
     body=_body,
     work=lambda shapes, attrs: 2 * shapes[0][0] * shapes[0][1],
+    chooses=True,
     source="Arif et al., HiRED, AAAI 2025; two-dimensional regions and largest remainders are ours",
 )

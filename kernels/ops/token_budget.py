@@ -161,6 +161,7 @@ TOP = OpDef(
     dtypes=lambda dtypes, attrs: ["float32"],
     body=_top_body,
     work=lambda shapes, attrs: 4 * shapes[0][0] * shapes[0][1],
+    chooses=True,
 )
 DROP = OpDef(
     name="drop_tokens",

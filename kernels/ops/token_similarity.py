@@ -183,6 +183,7 @@ CONTEXTUAL = OpDef(
     dtypes=lambda dtypes, attrs: ["int32"] * 3 + ["float32"],
     body=_contextual_body,
     work=lambda shapes, attrs: 2 * shapes[0][0] * shapes[0][1] * shapes[0][2] * (attrs["count"] + 2),
+    chooses=True,
     source="Yang et al., VisionZip, CVPR 2025",
 )
 ABSORB = OpDef(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ir.graph import Op, Value
-from .flow import LOOKED_UP
+from ..errors import ElisionError
+from ..ir.graph import Op, Value, product, static
+from .flow import LOOKED_UP, is_float
 from .spaces import Analysis, TokenSpace
 
 ORDERS = frozenset(
@@ -22,6 +23,13 @@ ORDERS = frozenset(
         "greater_equal",
     }
 )
+AND = frozenset({"and", "bitwise_and", "logical_and"})
+OR = frozenset({"or", "bitwise_or", "logical_or"})
+NOT = frozenset({"not", "bitwise_not", "logical_not"})
+STEPS = 16
+"""At most so many ops are walked back from a mask."""
+LARGEST = 1 << 26
+"""A mask of more elements is not computed to be looked at."""
 TRIANGLES = frozenset({"tril", "triu", "trilu"})
 
 
@@ -40,6 +48,139 @@ def padding_mask(analysis: Analysis, space: TokenSpace) -> Value | None:
         if any(axis == mask.rank - 1 for axis, _ in analysis.token_axes(space, mask)):
             return mask
     return None
+
+
+def told_of_keys(analysis: Analysis, space: TokenSpace, mask: Value) -> Value:
+    """The least of what `mask` is made of that lets the same keys be read, keys along its last axis: true, other than 0
+    or above `THRESHOLD` somewhere for the same of them. A mask of all pairs need not be written out to be asked."""
+    for _ in range(STEPS):
+        narrower = None if mask.producer is None else _narrower(analysis, space, mask.producer)
+        if narrower is None or narrower.shape is None or mask.shape is None:
+            break
+        if not narrower.rank or narrower.shape[-1] != mask.shape[-1]:
+            break
+        mask = narrower
+    return mask
+
+
+def _narrower(analysis: Analysis, space: TokenSpace, op: Op) -> Value | None:
+    x, fn = op.operand(0), op.attrs.get("fn")
+    if x is None or op.output.shape is None:
+        return None
+    if op.kind in ("tie", "expand"):
+        return x
+    if op.kind == "reshape":
+        return x if _only_units(op, 1) else None
+    if op.kind != "elementwise":
+        return None
+    if fn == "cast":
+        return None if is_float(x) or is_float(op.output) else x
+    if fn in ("where", "masked_fill"):
+        return _condition(analysis, op)
+    if fn in AND and op.output.dtype == "bool" and len(op.inputs) == 2:
+        a, b = op.inputs
+        for one, other in ((a, b), (b, a)):
+            if one is None or other is None or one.dtype != "bool":
+                continue
+            if _by_key(analysis, space, one) and _lets_all(analysis, other):
+                return one
+    return None
+
+
+def _by_key(analysis: Analysis, space: TokenSpace, mask: Value) -> bool:
+    """True when `mask` says the same to every query of a sample."""
+    batch = analysis.batch_axis(space, mask)
+    shape = mask.shape or ()
+    return bool(shape) and all(d == 1 for axis, d in enumerate(shape[:-1]) if axis != batch)
+
+
+def _condition(analysis: Analysis, op: Op) -> Value | None:
+    """What is true where a choice between two constants lets a key be read; None where it is none."""
+    given = [v for v in op.inputs if v is not None]
+    if op.attrs["fn"] == "where":
+        condition, rest = given[0], given[1:]
+        names = ("self", "other")  # numbers among the operands are attributes in torch
+    else:
+        condition, rest = given[1], [*given[2:], given[0]]
+        names = ("value", "")
+    try:
+        read = [_reads(analysis, op.attrs[n] if n in op.attrs else rest.pop(0), op.output) for n in names]
+    except IndexError:
+        return None
+    if read == [True, False]:
+        return condition
+    turned = condition.producer
+    negated = turned is not None and turned.attrs.get("fn") in NOT
+    return turned.inputs[0] if turned is not None and negated and read == [False, True] else None
+
+
+def _reads(analysis: Analysis, entry: object, mask: Value) -> bool | None:
+    """Whether an entry of `mask`, a number or a constant, lets a key be read; None for one that does here and there."""
+    from ...kernels.ops.valid_size import THRESHOLD
+
+    data = _data(analysis, entry) if isinstance(entry, Value) else np.asarray(entry)
+    if data is None or data.dtype.kind not in "bfiu":
+        return None
+    attends = data > THRESHOLD if is_float(mask) else data != 0
+    return bool(attends.all()) if attends.all() or not attends.any() else None
+
+
+def _data(analysis: Analysis, value: Value) -> np.ndarray | None:
+    """What a value is that no input has a part in."""
+    shape = static(value.shape)
+    if analysis.flow.comes_from(value) or shape is None or product(shape) > LARGEST:
+        return None
+    data = analysis.graph.constant_value(value)
+    if data is None and value.producer is not None and not _random(analysis, value.producer):
+        try:
+            data = analysis.graph.evaluate([value], {})[0]
+        except ElisionError:
+            return None
+    return data
+
+
+def _random(analysis: Analysis, op: Op) -> bool:
+    """True when chance has a part in what an op gives."""
+    places = analysis.flow.position
+    bits = analysis.flow.ancestors[places[op]]
+    names = {str(other.attrs.get("fn", "")) for other, place in places.items() if bits >> place & 1}
+    return any(name.startswith(("rand", "bernoulli", "dropout")) for name in names)
+
+
+def _lets_all(analysis: Analysis, mask: Value) -> bool:
+    """True when a bool mask lets each key be read by some query, whatever the inputs say."""
+    if mask.dtype != "bool" or mask.shape is None:
+        return False
+    data = _data(analysis, mask)
+    if data is not None and data.ndim > 1 and np.any(data, axis=-2).all():  # of several samples every one
+        return True
+    return mask.rank > 1 and mask.shape[-1] == mask.shape[-2] and _own_key(analysis, mask, STEPS)
+
+
+def _own_key(analysis: Analysis, mask: Value, steps: int) -> bool:
+    """True when a bool mask, seen as [..., N, N], lets each query read the key of its own place."""
+    op, data = mask.producer, _data(analysis, mask)
+    if data is not None:
+        square = data.ndim > 1 and data.shape[-1] == data.shape[-2]
+        return bool(np.diagonal(data, axis1=-2, axis2=-1).all() if square else data.all())
+    if op is None or not steps or mask.dtype != "bool":
+        return False
+    operands = [v for v in op.inputs if v is not None]
+    fn = op.attrs.get("fn")
+    if op.kind == "elementwise" and fn in AND | OR and len(operands) == len(op.inputs) == 2:
+        found = [_own_key(analysis, v, steps - 1) for v in operands]
+        return all(found) if fn in AND else any(found)
+    same = op.kind in ("tie", "expand") or fn == "cast" or (op.kind == "reshape" and _only_units(op, 2))
+    return same and _own_key(analysis, operands[0], steps - 1)
+
+
+def _only_units(op: Op, last: int) -> bool:
+    """Whether a reshape does no more than to add or drop axes of length 1, in front of the `last` ones."""
+    x = op.inputs[0]
+    if x is None or x.shape is None or op.output.shape is None:
+        return False
+    old, new = tuple(x.shape), tuple(op.output.shape)
+    return old[-last:] == new[-last:] and [d for d in old if d != 1] == [d for d in new if d != 1]
 
 
 def causal_because(analysis: Analysis, attention: Op) -> str:

@@ -277,6 +277,8 @@ class FxGraph(FxState):
             "expand": (torch.ops.aten.expand.default, {"shape": "size"}),
             "transpose": (torch.ops.aten.permute.default, {"perm": "dims"}),
             "cast": (torch.ops.aten.to.dtype, {"dtype": "dtype"}),
+            "matmul": (torch.ops.aten.matmul.default, {}),
+            "add": (torch.ops.aten.add.Tensor, {}),
         }
         if kind == "concat":
             return self._concat(inputs, attrs["axis"], after)

@@ -202,7 +202,7 @@ class Graph(abc.ABC):
     ) -> Value:
         """Insert one of the host's own operators right after `after` (None: before every op). kind and attrs:
         gather {axis} (indices int64 [n], within the axis), reshape {shape}, expand {shape}, transpose {perm},
-        cast {dtype}, concat {axis}; a shape's dims may be symbolic. Returns its output."""
+        cast {dtype}, concat {axis}, matmul {}, add {}; a shape's dims may be symbolic. Returns its output."""
         raise ElisionError(f"a graph of {self.host} cannot be given plain ops")
 
     def repeat(self, op: Op, inputs: Sequence[Value | None], *, after: Op | None) -> list[Value]:

@@ -83,6 +83,8 @@ def insert_plain(
         return graph.insert_node("Cast", raws, {"to": onnx_dtype(attrs["dtype"])}, after=after)[0]
     if kind == "concat":
         return graph.insert_node("Concat", raws, {"axis": attrs["axis"]}, after=after)[0]
+    if kind in ("matmul", "add"):
+        return graph.insert_node({"matmul": "MatMul", "add": "Add"}[kind], raws, after=after)[0]
     if kind not in ("reshape", "expand"):
         raise ValueError(f"insert_plain knows no {kind}")
     x, dims = inputs[0], list(attrs["shape"])

@@ -80,8 +80,9 @@ def test_dense_ends_get_all_rows_back():
 def test_positions_masks_and_biases_take_the_rows_of_kept_tokens():
     module = toys.Text()
     graph, _ = merged(module, toys.text_inputs(), r=2)
-    # block 2: one rotary table, the bias on both axes; the pooling weight crosses both cuts
-    assert count(graph, "select_tokens") == 1 + 2 + 2
+    # block 2: one rotary table, the bias on both axes and the padding's line that is added to it; the pooling weight
+    # crosses both cuts
+    assert count(graph, "select_tokens") == 1 + 2 + 1 + 2
     assert count(graph, "match_padded_tokens") == 2 and count(graph, "pool_tokens") == 1
 
 
