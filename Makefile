@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-
 
-.PHONY: help demo test test-all lint bench support wheel clean
+.PHONY: help demo test test-all lint bench support composition wheel clean
 
 help:
 	@echo "make demo      see two real models get faster, with a report (under 4 minutes after set-up)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     the benchmarks"
 	@echo "make support   write docs/support.md anew"
+	@echo "make composition  write docs/composition.md anew"
 	@echo "make wheel     dist/*.whl with the C++ kernels in it"
 
 # A stamp is older than these when the dependencies or the C++ kernels may have changed; then all is installed again.
@@ -50,6 +51,10 @@ bench: $(STAMP)demo
 # docs/support.md, from the runs that the breadth tests make.
 support: $(STAMP)test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.support
+
+# docs/composition.md, from every ordered pair of passes.
+composition: $(STAMP)test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.composition
 
 # auditwheel, with patchelf on the PATH, names the oldest Linux that the library runs on; where it finds none, the plain
 # wheel stays.

@@ -25,6 +25,9 @@ from .drift import Drift
 from .errors import ElisionError, NothingMatched, PipelineError, Refused, VerificationError
 from .ir.graph import Graph, Shape, Value
 from .options import format_value
+from .order import Step, advice
+from .order import check as check_order
+from .origin import Origin, last_rows
 from .pipeline import Passes, format, parse
 
 Runner = Callable[[Graph], Sequence[Any]]
@@ -149,13 +152,16 @@ def run_pipeline(
     before = graph.text()
     first = current = manager.begin(graph)
     reports: list[PassReport] = []
+    done: list[Step] = []
     for index, single in enumerate(todo):
         if progress is not None:
             progress(index, len(todo), single)
+        now = Step(single, current.graph, manager.context, False)
         try:
             current, report = manager.step(current, single)
         except Exception as error:
-            raise _explained(error, current.graph, todo, index, manager.context) from error
+            raise _explained(error, todo, index, now, done) from error
+        done.append(replace(now, changed=report.changed))
         if report.snapshot is not None:
             older = [r.snapshot for r in reports if r.snapshot is not None]
             report.changes = counts(diff_texts(older[-1] if older else before, report.snapshot))
@@ -175,13 +181,14 @@ def run_pipeline(
 @dataclass
 class _State:
     """A graph between two passes, with what is known of it. `inputs`: what it runs on where that is not what the
-    runner has, because a pass let it take others."""
+    runner has, because a pass let it take others. `origin`: how it is compared with the graph that the pipeline began
+    with."""
 
     graph: Graph
     cost: Cost
     outputs: list[np.ndarray] | None = None
     inputs: list[Any] | None = None
-    signature: NewSignature | None = None
+    origin: Origin = field(default_factory=Origin)
 
 
 class _Manager:
@@ -210,6 +217,7 @@ class _Manager:
         )
         started = time.perf_counter()
         trial = state.graph.copy()
+        check_order(single, trial)
         outcome = single.run(trial, self.context)
         report.seconds = time.perf_counter() - started
         report.notes = [*outcome.notes, *self.notes]
@@ -217,15 +225,17 @@ class _Manager:
         report.declined = outcome.declined
         if not outcome.changed or outcome.declined:
             return state, report
-        signature = outcome.signature or state.signature
-        if outcome.signature is not None:
-            self.context = replace(self.context, example_inputs=outcome.signature.after)
-        after = _State(trial, self.cost(trial), signature=signature)
-        if outcome.signature is not None and outcome.signature.added:
-            report.added = dict(outcome.signature.added)
-        after.inputs = None if signature is None or self.adds(signature, state) else signature.after
+        signature, context = outcome.signature, self.context
+        after = _State(trial, state.cost, inputs=state.inputs, origin=state.origin)
+        if signature is not None:
+            self.context = replace(self.context, example_inputs=signature.after)
+            report.added = dict(signature.added or {})
+            after.inputs = None if self.adds(signature, state) else signature.after
+            after.origin = state.origin.behind(signature, state.graph)
+        after.cost = self.cost(trial)
         report.declined = self.not_worth_it(single, state.cost, after.cost)
         if report.declined:
+            self.context, report.added = context, {}
             return state, report
         started = time.perf_counter()
         if self.verify:
@@ -297,11 +307,13 @@ class _Manager:
             self.runner = None
             return None
         given = _State(before.graph, before.cost, inputs=signature.before)
+        if before.inputs is not None and signature.added is not None:
+            given = before
         if self.adds(signature, before):
             given = before
             self.reference(given)
-            self.runner = self.runner.with_inputs(signature.added)  # type: ignore[attr-defined]
-        reference = [self.reference(given)[i] for i in signature.outputs]
+            self.runner = self.runner.with_inputs(signature.added or {})  # type: ignore[attr-defined]
+        reference = signature.expect(self.reference(given))
         try:
             actual = self.run(after)
         except Exception as error:
@@ -309,27 +321,27 @@ class _Manager:
                 f"after {single.name} the graph does not run: {_one_line(error)}"
             ) from error
         if signature.last_rows:
-            actual = [_last_rows(new, old) for old, new in zip(reference, actual)]
-        outputs = [before.graph.outputs[i] for i in signature.outputs]
-        return self.compare(single, before.graph, outputs, reference, actual)
+            actual = [last_rows(new, old) for old, new in zip(reference, actual)]
+        return self.compare(single, before.graph, after.graph.outputs, reference, actual)
 
     def compare(
         self,
         single: Pass,
         graph: Graph,
         outputs: Sequence[Value],
-        reference: list[np.ndarray],
-        actual: list[np.ndarray],
+        reference: Sequence[np.ndarray | None],
+        actual: Sequence[np.ndarray],
     ) -> list[Drift]:
-        names = [v.name for v in outputs]
-        for name, old, new in zip(names, reference, actual):
+        """The drift of each output that has a reference; outputs that were added have none."""
+        pairs = [(v.name, a, b) for v, a, b in zip(outputs, reference, actual) if a is not None]
+        for name, old, new in pairs:
             if old.shape != new.shape:
                 raise VerificationError(
                     f"after {single.name} output {name} has shape {list(new.shape)}, before {list(old.shape)}"
                 )
-        found = drifts.compare(names, reference, actual)
+        found = [drifts.measure(*pair) for pair in pairs]
         allowed = drifts.tolerance(graph)
-        for old, drift in zip(reference, found):
+        for (_, old, _), drift in zip(pairs, found):
             if not drift.finite:
                 raise VerificationError(
                     f"after {single.name} output {drift.output} has NaN or infinite values"
@@ -342,30 +354,23 @@ class _Manager:
         return found
 
     def drift(self, first: _State, last: _State) -> list[Drift] | None:
+        """How far the last graph lies from the first, over the outputs that both have."""
         if self.runner is None or last.outputs is None:
             return None
-        signature = last.signature
-        if signature is not None:
-            if self.adds(signature, last) and first.outputs is not None:
-                return drifts.compare([v.name for v in first.graph.outputs], first.outputs, last.outputs)
-            given = self.run(_State(first.graph, first.cost, inputs=signature.before))
-            reference = [given[i] for i in signature.outputs]
-            names = [first.graph.outputs[i].name for i in signature.outputs]
-            actual = last.outputs
-            if signature.last_rows:
-                actual = [_last_rows(new, old) for old, new in zip(reference, actual)]
-            return drifts.compare(names, reference, actual)
-        if first.outputs is None:
-            return None
-        return drifts.compare([v.name for v in first.graph.outputs], first.outputs, last.outputs)
-
-
-def _last_rows(new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """What `old` has of `new` where it keeps the last rows along one axis."""
-    for axis, (count, kept) in enumerate(zip(new.shape, old.shape)):
-        if kept < count:
-            return np.take(new, np.arange(count - kept, count), axis)
-    return new
+        origin = last.origin
+        given = first
+        if not origin.same_examples or first.outputs is None:
+            if origin.inputs is None:
+                return None
+            given = _State(first.graph, first.cost, inputs=origin.inputs)
+        names: list[str | None] = [value.name for value in first.graph.outputs]
+        reference, names = origin.expected(self.run(given), names)
+        found = []
+        for name, old, new in zip(names, reference, last.outputs):
+            if old is not None:
+                new = last_rows(new, old) if origin.last_rows else new
+                found.append(drifts.measure(name or "", old, new))
+        return found
 
 
 # ---- checks -------------------------------------------------------------------------------------------
@@ -407,7 +412,7 @@ def _typed(value: Value) -> str:
 
 # ---- failures -----------------------------------------------------------------------------------------
 def _explained(
-    error: Exception, graph: Graph, passes: Sequence[Pass], index: int, context: PassContext
+    error: Exception, passes: Sequence[Pass], index: int, now: Step, done: Sequence[Step]
 ) -> ElisionError:
     """The error to raise for a failing pass, with its reproducer."""
     single = passes[index]
@@ -416,13 +421,15 @@ def _explained(
     if isinstance(error, NothingMatched | Refused | VerificationError):
         text = _one_line(error)
         known = text if text.startswith(single.name) or single.name in text else f"{single.name}: {text}"
+        if not isinstance(error, VerificationError):
+            known = advice(error, single, now, done, passes[index + 1 :]) or known
         result: ElisionError = type(error)(known)
     elif isinstance(error, ElisionError):
         result = error
     else:
         result = PassFailed(f"pass {single.name} failed: {type(error).__name__}: {_one_line(error)}")
-    result.failed, result.graph = single, graph
-    result.reproducer = reproducer(passes, index, context, error, graph.host)
+    result.failed, result.graph = single, now.graph
+    result.reproducer = reproducer(passes, index, now.context, error, now.graph.host)
     return result
 
 
