@@ -91,16 +91,18 @@ def run_extract(
         if key in called:
             part.functions[key] = function
     named = {v.name or "": known[v] for v in given}
+    # ONNX Runtime's own Attention does not take every mask that the operator allows: spelled out it runs.
+    attentions = any(node.op_type == "Attention" and node.domain == "" for node in part.graph)
+    spare = part.clone() if attentions else None  # functions too, which the model shares with the part
     try:
-        return run_model(part.clone(), named)
+        return run_model(part, named)
     except ElisionError:
-        # ONNX Runtime's own Attention does not take every mask that the operator allows: spelled out it runs.
-        if not any(node.op_type == "Attention" and node.domain == "" for node in part.graph):
+        if spare is None:
             raise
     from ..onnx.lower import lower
 
-    lower(part)
-    return run_model(part, named)
+    lower(spare)
+    return run_model(spare, named)
 
 
 def lengths_read(env: ShapeEnv, feeds: Mapping[ir.Value, np.ndarray]) -> dict[ir.Value, np.ndarray]:
