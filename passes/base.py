@@ -156,7 +156,9 @@ class Pass(abc.ABC):
 
     name: ClassVar[str] = ""
     exact: ClassVar[bool] = False  # True: the graph computes the same function afterwards
-    before: ClassVar[tuple[str, ...]] = ()  # facts of `order.FACTS` that the graph must not have yet
+    before: ClassVar[
+        tuple[str, ...]
+    ] = ()  # facts of `order.FACTS` that must not hold where it changes a graph
     reduces: ClassVar[bool] = False  # True: pointless unless the estimated cost falls; see manager.py
     summary: ClassVar[str] = ""
     Options: ClassVar[type] = NoOptions

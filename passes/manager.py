@@ -217,7 +217,6 @@ class _Manager:
         )
         started = time.perf_counter()
         trial = state.graph.copy()
-        check_order(single, trial)
         outcome = single.run(trial, self.context)
         report.seconds = time.perf_counter() - started
         report.notes = [*outcome.notes, *self.notes]
@@ -225,6 +224,7 @@ class _Manager:
         report.declined = outcome.declined
         if not outcome.changed or outcome.declined:
             return state, report
+        check_order(single, state.graph)
         signature, context = outcome.signature, self.context
         after = _State(trial, state.cost, inputs=state.inputs, origin=state.origin)
         if signature is not None:

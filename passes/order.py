@@ -64,7 +64,7 @@ def facts(graph: Graph) -> dict[str, Op]:
 
 
 def check(single: Pass, graph: Graph) -> None:
-    """Raises Refused where the graph has what this pass must come before."""
+    """Raises Refused where the graph that this pass has changed has what the pass must come before."""
     if not single.before:
         return
     found = facts(graph)
@@ -120,12 +120,15 @@ def _after(
     for single in passes:
         if time.perf_counter() > until:
             return None
-        graph = graph.copy()
+        trial = graph.copy()
         try:
+            outcome = single.run(trial, replace(context, samples=None))
+            if not outcome.changed:
+                continue
             check(single, graph)
-            outcome = single.run(graph, replace(context, samples=None))
         except Exception:  # whatever it is: this order does not work
             return None
+        graph = trial
         if outcome.signature is not None:
             context = replace(context, example_inputs=outcome.signature.after)
     return graph, context
