@@ -179,7 +179,7 @@ def test_extra_embeddings_refusals():
     graph = whole("llama")
     with pytest.raises(PipelineError, match="count must be at least 1, not 0"):
         parse("extra-embeddings{count=0}")
-    with pytest.raises(Refused, match="weights of few bits by then; put extra-embeddings before quantize$"):
+    with pytest.raises(Refused, match=r"weights of few bits by then; put extra-embeddings before quantize$"):
         testing.apply(graph, "quantize{bits=8 method=rtn},extra-embeddings")
     with pytest.raises(NothingMatched, match="no input 'x' with token ids"):
         testing.apply(graph, "extra-embeddings{ids=x}")
