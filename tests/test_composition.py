@@ -149,3 +149,12 @@ def test_the_order_that_an_error_names_works(host: str) -> None:
     for (first, second), line in lines(host).items():
         if f"put {second} before {first}" in line:
             assert "works" in lines(host)[second, first]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("where", ["before", "around", "after"])
+def test_merging_in_front_of_where_a_file_makes_its_mask(where: str, host: str, folder: Path) -> None:
+    """torch.onnx writes the mask right before the attention, behind where tokens merge (found by random pipelines)."""
+    report = attempt(SUBJECTS["bert"], host, folder, f"token-merge{{r=2 where={where}}}")
+    assert report.drift[0].correlation > 0.99
