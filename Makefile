@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-
 
-.PHONY: help demo test test-all lint bench support pages docs wheel clean
+.PHONY: help demo test test-all lint bench support composition pages docs wheel clean
 
 help:
 	@echo "make demo      see two real models get faster, with a report (under 4 minutes after set-up)"
@@ -16,6 +16,7 @@ help:
 	@echo "make support   write docs/support.md anew"
 	@echo "make pages     write the other generated pages, tables and charts of docs/ anew"
 	@echo "make docs      the documentation as a site, links checked: build/site/index.html"
+	@echo "make composition  write docs/composition.md anew"
 	@echo "make wheel     dist/*.whl with the C++ kernels in it"
 
 # A stamp is older than these when the dependencies or the C++ kernels may have changed; then all is installed again.
@@ -73,6 +74,10 @@ pages: $(STAMP)test
 docs: $(STAMP)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html"
+
+# docs/composition.md, from every ordered pair of passes.
+composition: $(STAMP)test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.composition
 
 # auditwheel, with patchelf on the PATH, names the oldest Linux that the library runs on; where it finds none, the plain
 # wheel stays.

@@ -13,8 +13,9 @@ from .errors import (
     Refused,
     VerificationError,
 )
+from .failures import PassFailed
 from .ir.graph import Graph, Op, Value
-from .manager import PassFailed, PassReport, PipelineReport, run_pipeline
+from .manager import PassReport, PipelineReport, run_pipeline
 from .pipeline import format, parse
 
 __all__ = [

@@ -47,6 +47,8 @@ BUILTIN: tuple[str, ...] = (
 
 _REGISTRY: dict[str, type[Pass]] = {}
 
+Arrays = list[np.ndarray | None]
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -59,14 +61,33 @@ class NewSignature:
 
     `before`: arrays for the inputs of the graph that the pass was given; `after`: arrays for those of its result,
     on which output i must equal output `outputs[i]` of the former (its last rows, where `last_rows` and it had fewer).
-    None without example inputs: then nothing is compared. `added`: where the pass has done no more than add inputs,
-    arrays for those by name."""
+    None without example inputs: then nothing is compared. `added`: where the pass has done no more than add inputs
+    (or none, and the outputs are others), arrays for those by name. `expected`: from the outputs that `outputs` names
+    to what the new ones must be, None for one that has no counterpart."""
 
     before: list[Any] | None = None
     after: list[Any] | None = None
     outputs: list[int] = field(default_factory=list)
     last_rows: bool = False
     added: dict[str, Any] | None = None
+    expected: Callable[[Arrays], Arrays] | None = None
+
+    def expect(self, found: Sequence[np.ndarray | None]) -> Arrays:
+        """What the new outputs must be, from those of the graph before; None, or too few, where that is not known."""
+        picked = [found[i] if i < len(found) else None for i in self.outputs]
+        return picked if self.expected is None else self.expected(picked)
+
+
+def same_examples(
+    context: PassContext, outputs: int, added: Mapping[str, np.ndarray] | None = None
+) -> NewSignature:
+    """The signature of a graph that runs on the examples as they are and `added`, behind them; nothing is compared
+    where there are none."""
+    given = None if context.example_inputs is None else [as_array(item) for item in context.example_inputs]
+    if given is None or any(array is None for array in given):
+        return NewSignature()
+    more = dict(added or {})
+    return NewSignature(given, [*given, *more.values()], list(range(outputs)), added=more)
 
 
 @dataclass
@@ -135,6 +156,9 @@ class Pass(abc.ABC):
 
     name: ClassVar[str] = ""
     exact: ClassVar[bool] = False  # True: the graph computes the same function afterwards
+    before: ClassVar[
+        tuple[str, ...]
+    ] = ()  # facts of `order.FACTS` that must not hold where it changes a graph
     reduces: ClassVar[bool] = False  # True: pointless unless the estimated cost falls; see manager.py
     summary: ClassVar[str] = ""
     Options: ClassVar[type] = NoOptions

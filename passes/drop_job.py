@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .analysis.spaces import Analysis, TokenSpace
-from .base import NewSignature, Outcome, PassContext
+from .base import Outcome, PassContext, same_examples
 from .cut import Cutter
 from .cut_maps import WHOLE
 from .drop_policies import valid_tokens
-from .ir.graph import Graph, Op, Value
+from .ir.graph import Graph, Op, Value, static
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -35,8 +37,13 @@ class Job:
     def put_out(self, keep: Value) -> None:
         """Outputs have the kept tokens only: put out which they are, too."""
         self.graph.add_output(keep, "elision_kept")
-        examples = self.context.example_inputs
-        self.outcome.signature = NewSignature(after=None if examples is None else list(examples))
+        graph = self.graph
+        if self.outcome.signature is not None:
+            return
+        signature = same_examples(self.context, len(graph.outputs))
+        # Rows that were left out have no counterpart; an output without any is compared as ever.
+        signature.expected = lambda found: [a if _fits(a, v) else None for a, v in zip(found, graph.outputs)]
+        self.outcome.signature = signature
 
     def cut(self, space: TokenSpace, value: Value, flags: Value, write: Writer, gone: int) -> None:
         """Leave `gone` tokens of `space` out from `value` on, by `flags` [B, N]; `write` has made them."""
@@ -69,3 +76,8 @@ class Job:
             assert level.keep is not None
             self.put_out(level.keep)
         outcome.statistics.update(crossing.statistics)
+
+
+def _fits(array: np.ndarray | None, value: Value) -> bool:
+    """Whether an output of other tokens still has the shape it had; where its lengths are symbolic nobody knows."""
+    return array is not None and static(value.shape) == array.shape

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .analysis.residual import token_ids
-from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
+from .base import NewSignature, Outcome, Pass, PassContext, numpy_dtype, register, same_examples
 from .errors import PipelineError, Refused
 from .ir.graph import Graph
 from .overlay import find_lookups, overlay
@@ -73,12 +73,8 @@ def _signature(
     context: PassContext, options: DynamicVocabOptions, row: tuple[int, str], outputs: int
 ) -> NewSignature:
     """The examples as they are, and rows that none of their ids reads."""
-    given = None if context.example_inputs is None else [as_array(item) for item in context.example_inputs]
-    if given is None or any(array is None for array in given):
-        return NewSignature()
     width, dtype = row
     shape = [options.rows or 1, width]
-    if options.per_text:
-        shape.insert(0, next(len(array) for array in given))
-    rows = np.zeros(shape, numpy_dtype(dtype))
-    return NewSignature(given, [*given, rows], list(range(outputs)), added={options.name: rows})
+    if options.per_text and context.example_inputs:
+        shape.insert(0, len(context.example_inputs[0]))
+    return same_examples(context, outputs, {options.name: np.zeros(shape, numpy_dtype(dtype))})

@@ -9,7 +9,7 @@ class ElisionError(Exception):
     """Base of every error that a user of Elision can cause (bad file, bad option, unsafe graph).
 
     When a pass failed, the pass manager sets `failed` (the pass), `reproducer` (plain data, see
-    `manager.reproducer`) and `graph` (what that pass was given).
+    `failures.reproducer`) and `graph` (what that pass was given).
     """
 
     failed: Any = None

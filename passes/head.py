@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import NewSignature, Outcome, Pass, PassContext, register
+import numpy as np
+
+from .base import Arrays, Outcome, Pass, PassContext, register, same_examples
 from .errors import PipelineError, Refused
 from .ir.graph import Graph, Op, Value
 from .keep_rows import is_product
@@ -53,7 +55,9 @@ class Head(Pass):
         channels = logits.shape[-1] if logits.shape else None
         if isinstance(channels, int) and self.options.k > channels:
             raise Refused(f"%{logits.name} has {channels} logits a row, fewer than k={self.options.k}")
-        outcome = Outcome(changed=True, statistics={"heads": 1}, signature=NewSignature())
+        outcome = Outcome(changed=True, statistics={"heads": 1})
+        outcome.signature = same_examples(context, len(graph.outputs))
+        outcome.signature.expected = self._largest
         if (norm := foldable_norm(graph, product)) is not None:
             inputs[0], weight = norm.inputs[0], norm.operand(1)
             inputs.append(weight)
@@ -70,6 +74,15 @@ class Head(Pass):
             graph.add_output(value, "spread")
         graph.remove_dead()
         return outcome
+
+    def _largest(self, found: Arrays) -> Arrays:
+        """What the outputs are then: indices are not compared, since equal logits may be taken in another order where
+        the product rounds otherwise."""
+        logits = found[self.options.output]
+        values = None if logits is None else -np.sort(-logits.astype(np.float32), -1)[..., : self.options.k]
+        if self.options.beside:
+            return [*found, values]
+        return [values if i == self.options.output else array for i, array in enumerate(found)]
 
 
 def find_product(graph: Graph, output: int) -> tuple[Value, Op]:

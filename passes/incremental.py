@@ -17,7 +17,7 @@ import numpy as np
 import sympy
 
 from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
-from .errors import NothingMatched, PipelineError, Refused, VerificationError
+from .errors import ElisionError, NothingMatched, PipelineError, Refused, VerificationError
 from .extract import part_that_makes
 from .incremental_binding import SEQUENCE, Bindings
 from .incremental_build import ROWS_IN, Builder
@@ -225,7 +225,12 @@ class _Examples:
         ids = arrays[self.text.ids][:1, : self.capacity]
         before = {v: a[:1] if v.shape and v.shape[0] == 1 else a for v, a in arrays.items()}
         before |= self.text.feeds(ids)
-        crosses = self.graph.evaluate(self.plan.cuts, before) if self.plan.cuts else []
+        try:
+            crosses = self.graph.evaluate(self.plan.cuts, before) if self.plan.cuts else []
+        except (
+            ElisionError
+        ):  # the example is of another batch than one: then there is nothing to compare with
+            return NewSignature()
         count = ids.shape[1]
         chain = [ids.astype(np.int64), np.arange(count, dtype=np.int64)[None], *self.rows(count)]
         return NewSignature([before[v] for v in self.graph.inputs], [*chain, *crosses], last_rows=short)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Outcome, Pass, PassContext, register
+import numpy as np
+
+from .base import Arrays, NewSignature, Outcome, Pass, PassContext, register, same_examples
 from .errors import PipelineError, Refused
-from .ir.graph import Graph, Op, Value
+from .ir.graph import Dim, Graph, Op, Value
 
 PRODUCTS = ("elision.linear_nbits", "elision.linear_rows")
 
@@ -48,6 +50,7 @@ class KeepRows(Pass):
             raise Refused(f"the graph has {len(graph.outputs)} outputs, and no output {index}")
         if self.options.name in graph.input_names:
             raise Refused(f"the graph has an input called {self.options.name!r} already")
+        rows = (graph.outputs[index].shape or ())[axis : axis + 1]
         chain = rows_behind(graph, graph.outputs[index], axis)
         product = chain[-1]
         x = product.inputs[0]
@@ -60,7 +63,25 @@ class KeepRows(Pass):
             graph.refresh(op)
         outputs = list(zip(graph.output_names, graph.outputs))
         graph.set_signature([*inputs, (self.options.name, keep)], outputs)
-        return Outcome(changed=True, statistics={"outputs": 1, "ops behind the product": len(chain) - 1})
+        outcome = Outcome(changed=True, statistics={"outputs": 1, "ops behind the product": len(chain) - 1})
+        outcome.signature = self._all_rows(graph, next(iter(rows), None), context)
+        return outcome
+
+    def _all_rows(self, graph: Graph, rows: Dim | None, context: PassContext) -> NewSignature:
+        """The examples, and as many rows as can be told from their lengths: all, or the first."""
+        examples = zip(graph.inputs, context.example_inputs or ())
+        lengths = {d: n for v, item in examples for d, n in zip(v.shape or (), item.shape)}
+        count = rows if isinstance(rows, int) else 1 if rows is None else lengths.get(rows, 1)
+        index, axis = self.options.output, self.options.axis
+        keep = np.arange(count, dtype=np.int64)
+        signature = same_examples(context, len(graph.outputs), {self.options.name: keep})
+
+        def expected(found: Arrays) -> Arrays:
+            whole = found[index]
+            return [*found[:index], None if whole is None else whole.take(keep, axis), *found[index + 1 :]]
+
+        signature.expected = expected
+        return signature
 
 
 def rows_behind(graph: Graph, output: Value, axis: int) -> list[Op]:

@@ -6,8 +6,6 @@ carries what is needed to run that pass again (`error.reproducer`, `error.graph`
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,19 +22,16 @@ from .choices import Agreement, under_equal_choices
 from .cost import Cost, Machine
 from .diff import counts, diff_graphs, diff_texts
 from .drift import Drift
-from .errors import ElisionError, NothingMatched, PipelineError, Refused, VerificationError
+from .errors import ElisionError, VerificationError
+from .failures import explained, one_line
 from .ir.graph import Graph, Shape, Value
-from .options import format_value
+from .order import Step
+from .order import check as check_order
+from .origin import Origin, last_rows
 from .pipeline import Passes, format, parse
 
 Runner = Callable[[Graph], Sequence[Any]]
 """Runs a graph on the example inputs; its outputs as arrays, in the order of `graph.outputs`."""
-
-_PACKAGES = ("elision", "torch", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "sympy")
-
-
-class PassFailed(ElisionError):
-    """A pass or the host broke down in a way nobody foresaw: a bug, with a reproducer. `__cause__` has it."""
 
 
 @dataclass
@@ -151,13 +146,16 @@ def run_pipeline(
     before = graph.text()
     first = current = manager.begin(graph)
     reports: list[PassReport] = []
+    done: list[Step] = []
     for index, single in enumerate(todo):
         if progress is not None:
             progress(index, len(todo), single)
+        now = Step(single, current.graph, manager.context, False)
         try:
             current, report = manager.step(current, single)
         except Exception as error:
-            raise _explained(error, current.graph, todo, index, manager.context) from error
+            raise explained(error, todo, index, now, done) from error
+        done.append(replace(now, changed=report.changed))
         if report.snapshot is not None:
             older = [r.snapshot for r in reports if r.snapshot is not None]
             report.changes = counts(diff_texts(older[-1] if older else before, report.snapshot))
@@ -177,13 +175,14 @@ def run_pipeline(
 @dataclass
 class _State:
     """A graph between two passes, with what is known of it. `inputs`: what it runs on where that is not what the
-    runner has, because a pass let it take others."""
+    runner has, because a pass let it take others. `origin`: how it is compared with the graph that the pipeline began
+    with."""
 
     graph: Graph
     cost: Cost
     outputs: list[np.ndarray] | None = None
     inputs: list[Any] | None = None
-    signature: NewSignature | None = None
+    origin: Origin = field(default_factory=Origin)
 
 
 class _Manager:
@@ -220,15 +219,18 @@ class _Manager:
         report.declined = outcome.declined
         if not outcome.changed or outcome.declined:
             return state, report
-        signature = outcome.signature or state.signature
-        if outcome.signature is not None:
-            self.context = replace(self.context, example_inputs=outcome.signature.after)
-        after = _State(trial, self.cost(trial), signature=signature)
-        if outcome.signature is not None and outcome.signature.added:
-            report.added = dict(outcome.signature.added)
-        after.inputs = None if signature is None or self.adds(signature, state) else signature.after
+        check_order(single, state.graph)
+        signature, context = outcome.signature, self.context
+        after = _State(trial, state.cost, inputs=state.inputs, origin=state.origin)
+        if signature is not None:
+            self.context = replace(self.context, example_inputs=signature.after)
+            report.added = dict(signature.added or {})
+            after.inputs = None if self.adds(signature, state) else signature.after
+            after.origin = state.origin.behind(signature, state.graph)
+        after.cost = self.cost(trial)
         report.declined = self.not_worth_it(single, state.cost, after.cost)
         if report.declined:
+            self.context, report.added = context, {}
             return state, report
         started = time.perf_counter()
         if self.verify:
@@ -273,7 +275,7 @@ class _Manager:
         except ElisionError:
             raise
         except Exception as error:
-            raise ElisionError(f"the graph does not run on the example inputs: {_one_line(error)}") from error
+            raise ElisionError(f"the graph does not run on the example inputs: {one_line(error)}") from error
 
     def check_numerics(self, single: Pass, before: _State, after: _State) -> list[Drift] | None:
         if self.runner is None:
@@ -285,7 +287,7 @@ class _Manager:
             raise
         except Exception as error:
             raise VerificationError(
-                f"after {single.name} the graph does not run: {_one_line(error)}"
+                f"after {single.name} the graph does not run: {one_line(error)}"
             ) from error
         allowed = drifts.tolerance(before.graph)
         runs = (partial(self.run_like, before), partial(self.run_like, after))
@@ -311,49 +313,53 @@ class _Manager:
             self.runner = None
             return None
         given = _State(before.graph, before.cost, inputs=signature.before)
+        if before.inputs is not None and signature.added is not None:
+            given = before
         if self.adds(signature, before):
             given = before
             self.reference(given)
-            self.runner = self.runner.with_inputs(signature.added)  # type: ignore[attr-defined]
-        reference = [self.reference(given)[i] for i in signature.outputs]
+            self.runner = self.runner.with_inputs(signature.added or {})  # type: ignore[attr-defined]
+        reference = signature.expect(self.reference(given))
         try:
             actual = self.run(after)
         except Exception as error:
             raise VerificationError(
-                f"after {single.name} the graph does not run: {_one_line(error)}"
+                f"after {single.name} the graph does not run: {one_line(error)}"
             ) from error
         if signature.last_rows:
-            actual = [_last_rows(new, old) for old, new in zip(reference, actual)]
-        outputs = [before.graph.outputs[i] for i in signature.outputs]
-        return self.compare(single, before.graph, outputs, reference, actual)
+            actual = [last_rows(new, old) for old, new in zip(reference, actual)]
+        return self.compare(single, before.graph, after.graph.outputs, reference, actual)
 
     def compare(
         self,
         single: Pass,
         graph: Graph,
         outputs: Sequence[Value],
-        reference: list[np.ndarray],
-        actual: list[np.ndarray],
+        reference: Sequence[np.ndarray | None],
+        actual: Sequence[np.ndarray],
         agreed: Callable[[], Agreement | None] = lambda: None,
     ) -> list[Drift]:
-        """The drift of every output. `agreed`: what an exact pass put out where the graphs choose alike."""
-        names = [v.name for v in outputs]
-        for name, old, new in zip(names, reference, actual):
+        """The drift of each output that has a reference; outputs that were added have none. `agreed`: what an exact
+        pass put out where the graphs choose alike."""
+        pairs = _pairs(outputs, reference, actual)
+        for name, old, new in pairs:
             if old.shape != new.shape:
                 raise VerificationError(
                     f"after {single.name} output {name} has shape {list(new.shape)}, before {list(old.shape)}"
                 )
-        found = drifts.compare(names, reference, actual)
+        found = [drifts.measure(*pair) for pair in pairs]
         allowed = drifts.tolerance(graph)
         for drift in found:
             if not drift.finite:
                 raise VerificationError(
                     f"after {single.name} output {drift.output} has NaN or infinite values"
                 )
-        wrong = drifts.beyond(reference, found, allowed) if single.exact else None
+        known = [old for _, old, _ in pairs]
+        wrong = drifts.beyond(known, found, allowed) if single.exact else None
         if wrong is not None and (same := agreed()) is not None:
             self.remarks += same.notes
-            wrong = drifts.beyond(reference, drifts.compare(names, reference, same.outputs), allowed)
+            alike = [drifts.measure(*pair) for pair in _pairs(outputs, reference, same.outputs)]
+            wrong = drifts.beyond(known, alike, allowed)
         if wrong is not None:
             raise VerificationError(
                 f"{single.name} must preserve the function, but output {wrong.output} differs by "
@@ -362,30 +368,30 @@ class _Manager:
         return found
 
     def drift(self, first: _State, last: _State) -> list[Drift] | None:
+        """How far the last graph lies from the first, over the outputs that both have."""
         if self.runner is None or last.outputs is None:
             return None
-        signature = last.signature
-        if signature is not None:
-            if self.adds(signature, last) and first.outputs is not None:
-                return drifts.compare([v.name for v in first.graph.outputs], first.outputs, last.outputs)
-            given = self.run(_State(first.graph, first.cost, inputs=signature.before))
-            reference = [given[i] for i in signature.outputs]
-            names = [first.graph.outputs[i].name for i in signature.outputs]
-            actual = last.outputs
-            if signature.last_rows:
-                actual = [_last_rows(new, old) for old, new in zip(reference, actual)]
-            return drifts.compare(names, reference, actual)
-        if first.outputs is None:
-            return None
-        return drifts.compare([v.name for v in first.graph.outputs], first.outputs, last.outputs)
+        origin = last.origin
+        given = first
+        if not origin.same_examples or first.outputs is None:
+            if origin.inputs is None:
+                return None
+            given = _State(first.graph, first.cost, inputs=origin.inputs)
+        names: list[str | None] = [value.name for value in first.graph.outputs]
+        reference, names = origin.expected(self.run(given), names)
+        found = []
+        for name, old, new in zip(names, reference, last.outputs):
+            if old is not None:
+                new = last_rows(new, old) if origin.last_rows else new
+                found.append(drifts.measure(name or "", old, new))
+        return found
 
 
-def _last_rows(new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """What `old` has of `new` where it keeps the last rows along one axis."""
-    for axis, (count, kept) in enumerate(zip(new.shape, old.shape)):
-        if kept < count:
-            return np.take(new, np.arange(count - kept, count), axis)
-    return new
+def _pairs(
+    outputs: Sequence[Value], reference: Sequence[np.ndarray | None], actual: Sequence[np.ndarray]
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, reference and array of each output that has a reference."""
+    return [(v.name, a, b) for v, a, b in zip(outputs, reference, actual) if a is not None]
 
 
 # ---- checks -------------------------------------------------------------------------------------------
@@ -425,65 +431,7 @@ def _typed(value: Value) -> str:
     return repr(value).removeprefix("%")
 
 
-# ---- failures -----------------------------------------------------------------------------------------
-def _explained(
-    error: Exception, graph: Graph, passes: Sequence[Pass], index: int, context: PassContext
-) -> ElisionError:
-    """The error to raise for a failing pass, with its reproducer."""
-    single = passes[index]
-    if isinstance(error, PipelineError):
-        return error
-    if isinstance(error, NothingMatched | Refused | VerificationError):
-        text = _one_line(error)
-        known = text if text.startswith(single.name) or single.name in text else f"{single.name}: {text}"
-        result: ElisionError = type(error)(known)
-    elif isinstance(error, ElisionError):
-        result = error
-    else:
-        result = PassFailed(f"pass {single.name} failed: {type(error).__name__}: {_one_line(error)}")
-    result.failed, result.graph = single, graph
-    result.reproducer = reproducer(passes, index, context, error, graph.host)
-    return result
-
-
-def reproducer(
-    passes: Sequence[Pass], index: int, context: PassContext, error: BaseException, host: str
-) -> dict[str, Any]:
-    """What it takes to run the failing pass again on the graph it got, as plain data.
-
-    `pipeline` is the failing pass and the rest; `whole_pipeline` is where it came from.
-    """
-    single = passes[index]
-    return {
-        "format": "elision-reproducer",
-        "pipeline": format(passes[index:]),
-        "whole_pipeline": format(passes),
-        "failing_pass": single.name,
-        "failing_class": f"{type(single).__module__}.{type(single).__qualname__}",
-        "options": {name: format_value(value) for name, value in vars(single.options).items()},
-        "context": {"force": context.force, "target": context.target, "want_map": context.want_map},
-        "host": host,
-        "error_type": type(error).__name__,
-        "error": _one_line(error),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter here; "absent" for one that is not installed."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
+# ---- numbers in sentences ------------------------------------------------------------------------------
 def _seconds(value: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= scale:

@@ -18,6 +18,7 @@ from .formats.calibrated import quantize_calibrated
 from .formats.layout import Quantized, dequantize
 from .formats.rounding import quantize
 from .ir.graph import Graph
+from .order import FIXED, LOWERED
 from .quantize_emit import Emitter
 from .quantize_find import EMBEDDING, HEAD, LINEAR, Target, find_targets
 from .quantize_report import Report
@@ -74,6 +75,7 @@ class Quantize(Pass):
 
     name = "quantize"
     exact = False
+    before = (LOWERED, FIXED)
     summary = "weights of 4 or 8 bits, rounded, calibrated or taken from the file"
     Options = QuantizeOptions
 

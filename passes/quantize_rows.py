@@ -14,6 +14,7 @@ import numpy as np
 from .base import Outcome, Pass, PassContext, register
 from .errors import NothingMatched
 from .ir.graph import Graph
+from .order import LOWERED
 from .quantize_emit import Emitter
 from .quantize_find import EMBEDDING, find_targets
 
@@ -31,6 +32,7 @@ class FixRows(Pass):
 
     name = "fix-rows"
     exact = True
+    before = (LOWERED,)
     summary = "products whose rows do not depend on how many there are"
     Options = RowsOptions
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .analysis.residual import Layer, residual_layers, token_ids
-from .base import NewSignature, Outcome, Pass, PassContext, register
+from .base import NewSignature, Outcome, Pass, PassContext, register, same_examples
 from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph, Op, Value
 
@@ -77,7 +77,7 @@ class SkipLayers(Pass):
             graph.remove_dead()
             return outcome
         kept = [i for i in range(len(graph.outputs)) if i not in outputs]
-        outcome.signature = NewSignature()
+        outcome.signature = _without(graph, inputs, kept, context)
         gone = ", ".join([*(v.name for v in inputs), *(names[i] for i in outputs)])
         outcome.notes.append(f"went with them: {gone}")
         graph.set_signature(kept_inputs, [(names[i], graph.outputs[i]) for i in kept])
@@ -117,6 +117,15 @@ def spread(count: int, layers: int) -> list[int]:
     """`count` numbers among 1 .. layers - 2, evenly spread."""
     room = layers - 2
     return [1 + int((i + 0.5) * room / count) for i in range(count)]
+
+
+def _without(graph: Graph, gone: list[Value], kept: list[int], context: PassContext) -> NewSignature:
+    """The examples without the inputs that go, and the outputs that stay."""
+    signature = same_examples(context, len(graph.outputs))
+    if signature.before is None or signature.after is None:
+        return signature
+    after = [array for value, array in zip(graph.inputs, signature.after) if value not in gone]
+    return NewSignature(signature.before, after, kept)
 
 
 def _chosen(options: SkipLayersOptions, count: int) -> list[int]:

@@ -71,7 +71,7 @@ class Taps(Pass):
             if value.rank != 3 or not is_float(value):
                 raise Refused(f"{value!r} is no hidden state [1, M, H]")
             if value.shape is None or ids.shape is None or value.shape[1] != ids.shape[-1]:
-                raise Refused(f"{value!r} has no row for every token of {ids!r}: taps come before keep-rows")
+                raise Refused(f"{value!r} has no row for every token of {ids!r}")
         for name, value in found:
             if value.dtype != "float32":
                 value = graph.insert_plain("cast", [value], {"dtype": "float32"}, after=value.producer)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..passes.errors import ElisionError
-from ..passes.manager import versions
+from ..passes.failures import versions
 from . import pictures
 from .api import MAP_OUTPUT, Result
 from .bench import Comparison

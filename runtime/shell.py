@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ..passes.errors import ElisionError
-from ..passes.manager import PassFailed
+from ..passes.failures import PassFailed
 
 BAD_INPUT = 2
 BUG = 70

@@ -90,7 +90,19 @@ def run_extract(
     for key, function in model.functions.items():
         if key in called:
             part.functions[key] = function
-    return run_model(part, {v.name or "": known[v] for v in given})
+    named = {v.name or "": known[v] for v in given}
+    # ONNX Runtime's own Attention does not take every mask that the operator allows: spelled out it runs.
+    attentions = any(node.op_type == "Attention" and node.domain == "" for node in part.graph)
+    spare = part.clone() if attentions else None  # functions too, which the model shares with the part
+    try:
+        return run_model(part, named)
+    except ElisionError:
+        if spare is None:
+            raise
+    from ..onnx.lower import lower
+
+    lower(spare)
+    return run_model(spare, named)
 
 
 def lengths_read(env: ShapeEnv, feeds: Mapping[ir.Value, np.ndarray]) -> dict[ir.Value, np.ndarray]:

@@ -20,8 +20,9 @@ from elision.passes.errors import (
     Refused,
     VerificationError,
 )
+from elision.passes.failures import PassFailed
 from elision.passes.ir.graph import Graph
-from elision.passes.manager import PassFailed, run_pipeline
+from elision.passes.manager import run_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -113,11 +113,15 @@ def test_refusals():
     stepped = "incremental{capacity=48}"
     for text, error, message in [
         ("taps{where=2}", Refused, "the graph has 2 layers, 0 to 1: there is no layer 2"),
-        ("taps,taps", Refused, "the graph has an output called 'hidden' already"),
+        (
+            "taps,taps",
+            Refused,
+            "taps after taps: the graph has an output called 'hidden' already; a graph takes it once",
+        ),
         (
             f"{stepped},keep-rows,taps",
             Refused,
-            "has no row for every token of .*: taps come before keep-rows",
+            "^taps after keep-rows: .* has no row for every token of .*; put taps before keep-rows$",
         ),
         ("taps{output=3}", Refused, "the graph has 1 outputs, and no output 3"),
         ("taps{ids=x}", NothingMatched, "no input 'x' with token ids"),
@@ -175,7 +179,7 @@ def test_extra_embeddings_refusals():
     graph = whole("llama")
     with pytest.raises(PipelineError, match="count must be at least 1, not 0"):
         parse("extra-embeddings{count=0}")
-    with pytest.raises(Refused, match="looks %input_ids up in what is no plain table of floats"):
+    with pytest.raises(Refused, match=r"weights of few bits by then; put extra-embeddings before quantize$"):
         testing.apply(graph, "quantize{bits=8 method=rtn},extra-embeddings")
     with pytest.raises(NothingMatched, match="no input 'x' with token ids"):
         testing.apply(graph, "extra-embeddings{ids=x}")
