@@ -72,7 +72,10 @@ def test_kernels_that_round_may_choose_otherwise_between_equals() -> None:
             f"{DROP},incremental{{capacity=96}}",
             "have the static length 29: a graph of new rows needs a dynamic one",
         ),
-        (f"token-merge{{r=4}},{DROP}", "which of them a row is cannot be followed"),
+        (
+            f"token-merge{{r=4}},{DROP}",
+            "^token-drop after token-merge: the graph has tokens that were merged",
+        ),
         (f"{DROP},token-merge{{r=4}}", "token-merge"),
     ],
 )
