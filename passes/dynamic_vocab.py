@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .analysis.residual import token_ids
+from .analysis.residual import DEFAULT_IDS, token_ids
 from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
 from .errors import PipelineError, Refused
 from .ir.graph import Graph
 from .overlay import find_lookups, overlay
-
-DEFAULT_IDS = "input_ids"
 
 
 @dataclass(frozen=True)
