@@ -44,6 +44,9 @@ class DynamicVocab(Pass):
     summary = "embeddings given with the batch, for tokens that were merged before the model"
     Options = DynamicVocabOptions
 
+    def new_inputs(self) -> tuple[str, ...]:
+        return (self.options.name,)
+
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Raises NothingMatched without ids; Refused where they are not looked up in one constant table, or where an op
         reads them for something other than their embeddings."""
@@ -70,13 +73,13 @@ class DynamicVocab(Pass):
 def _signature(
     context: PassContext, options: DynamicVocabOptions, row: tuple[int, str], outputs: int
 ) -> NewSignature:
-    """The examples as they are, and rows that none of their ids reads."""
+    """The examples as they are, and rows: those that were given, or some that none of the ids reads."""
     given = None if context.example_inputs is None else [as_array(item) for item in context.example_inputs]
     if given is None or any(array is None for array in given):
         return NewSignature()
     width, dtype = row
-    shape = [options.rows or 1, width]
-    if options.per_text:
-        shape.insert(0, next(len(array) for array in given))
-    rows = np.zeros(shape, numpy_dtype(dtype))
+    texts = [next(len(array) for array in given)] if options.per_text else []
+    rows = context.example_of(options.name, dtype, [*texts, options.rows or None, width])
+    if rows is None:
+        rows = np.zeros([*texts, options.rows or 1, width], numpy_dtype(dtype))
     return NewSignature(given, [*given, rows], list(range(outputs)), added={options.name: rows})

@@ -85,8 +85,8 @@ def drop_tokens(
     `count` tokens go, or floor(ratio * N); or N' is the length of `slots` int64 [N'] (0, 1, ...). slot [B, N], keep
     [B, N'], source [B, N-N'] int32; size [B, N'] and fits [B] float32. Tokens keep their order. Wanted are those with
     a flag other than 0 that are no padding; the first `prefix` and the last `suffix` tokens keep their place, padding
-    or not. A sample that wants fewer than there are slots fills up with others, whose size is 0 (nothing attends to them)
-    and whose slot is -1; one that wants more does not fit (fits 0), and all of its tokens have slot 0."""
+    or not. A sample that wants fewer than there are slots fills up with others, whose size is 0 (nothing attends to
+    them) and whose slot is -1; one that wants more does not fit (fits 0), and all of its tokens have slot 0."""
     batch, length = flags.shape
     asked = flags != 0 if valid is None else (flags != 0) & (valid > 0)
     places = torch.arange(length, device=flags.device).expand(batch, length)

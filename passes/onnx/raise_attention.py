@@ -145,7 +145,9 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
         elif node.op_type in ("Cast", "Identity"):
             value = node.inputs[0]
         elif node.op_type == "Reshape" and folds_heads(ed, node):
-            heads = next(s[1] for s in map(ed.shape, (node.inputs[0], value)) if s is not None and len(s) == 4)
+            heads = next(
+                s[1] for s in map(ed.shape, (node.inputs[0], value)) if s is not None and len(s) == 4
+            )
             value = node.inputs[0]
         else:
             raise Declined(f"{ed.label(node)} stands between the product and the softmax")

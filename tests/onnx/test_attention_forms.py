@@ -277,7 +277,9 @@ def test_a_mask_over_heads_that_stay_folded_is_no_attention_of_one_head() -> Non
     b.output(b("MatMul", b("Reshape", softmax(b, scores), b.ints(H, N, N)), v))
     values = np.random.default_rng(0).normal(size=(1, H, N, N)).astype(np.float32)
     _, report = check(b.model(), {**feed(H), "mask": values}, Attention=0)
-    assert any("a mask over heads that the queries, keys or values have folded" in m for m in report.near_misses)
+    assert any(
+        "a mask over heads that the queries, keys or values have folded" in m for m in report.near_misses
+    )
 
 
 @pytest.mark.parametrize("form", ["gather", "split", "wide split", "slices"])
