@@ -95,6 +95,23 @@ def test_tables_of_new_ids(bert: Path, tmp_path: Path) -> None:
     assert np.abs(session.run(None, feeds)[0][0] - plain[0]).max() > 1e-3
 
 
+def test_bench_with_an_input_more(bert: Path, tmp_path: Path) -> None:
+    """Under a pipeline with given or made-up segments, and against the file that was written."""
+    words = np.arange(LENGTH)[None].repeat(2, 0) // 2
+    np.savez(tmp_path / "in.npz", **example(), segments=words)
+    common = ["--rounds", "3", "--force", "--json"]
+    given = ["--inputs", str(tmp_path / "in.npz")]
+    optimise(bert, MERGE, tmp_path / "m.onnx")
+    for sides, more in (
+        ([str(bert), "-p", MERGE], given),
+        ([str(bert), "-p", MERGE], []),
+        ([str(bert), str(tmp_path / "m.onnx")], given),
+    ):
+        result = CliRunner().invoke(app, ["bench", *sides, *more, *common])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["drift"][0]["max_abs"] > 0
+
+
 @pytest.mark.parametrize(
     ("passes", "more", "sentence"),
     [
