@@ -43,7 +43,8 @@ class OpDef:
 
     reference: the op in plain ATen. torch decomposes it wherever it must see inside (autograd, Inductor, fake
     tensors, functorch), and keeps it whole in graphs of torch.export and of Dynamo.
-    shapes, dtypes: output shapes and numpy dtype names, from those of the operands (None: absent).
+    shapes, dtypes: output shapes and numpy dtype names, from those of the operands (None: absent). A length None is one
+        that only the data say.
     body: writes the ONNX function; gets a `Body`, (rank, ONNX dtype) or None per operand, and the attributes.
     work: floating-point operations from operand shapes and attributes; traffic: elements read and written.
     custom: by operand, the element types that our library of custom ops takes. ONNX Runtime gives it every function of

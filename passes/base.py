@@ -115,7 +115,8 @@ class PassContext:
     "onnxruntime". `example_inputs`: tensors or arrays in the order of `graph.inputs`. `want_map`: also put
     out the composed token map. `samples`: real inputs to calibrate on, each like `example_inputs`. `formats`: the
     quantized weights of the file that the model was loaded from (`passes.formats.SourceFormats`). `read_arrays`: gives
-    the arrays of a safetensors file by name, for passes that need trained weights of their own.
+    the arrays of a safetensors file by name, for passes that need trained weights of their own. `added`: examples for
+    inputs that passes add (`Pass.new_inputs`), by name.
     """
 
     force: bool = False
@@ -126,6 +127,22 @@ class PassContext:
     samples: Sequence[Sequence[Any]] | None = None
     formats: Any = None
     read_arrays: Callable[[str], Mapping[str, np.ndarray]] | None = None
+    added: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def example_of(self, name: str, dtype: str, shape: Sequence[int | None]) -> np.ndarray | None:
+        """The example for the input `name` that a pass adds, None where none was given; a length None is free.
+
+        Raises PipelineError where its type or shape does not fit."""
+        array = self.added.get(name)
+        if array is None:
+            return None
+        fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape))
+        if array.dtype.name != dtype or not fits:
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            raise PipelineError(
+                f"example input {name!r} is {array.dtype.name} {list(array.shape)}, the new input is {dtype} [{wanted}]"
+            )
+        return array
 
 
 def as_array(item: Any) -> Any:
@@ -175,6 +192,10 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Edit `graph` in place. Raises Refused or NothingMatched with a sentence that says why."""
+
+    def new_inputs(self) -> tuple[str, ...]:
+        """The names of inputs that the pass adds and that a caller may give examples for."""
+        return ()
 
     def for_parts(self, parts: Parts) -> PartsPlan | None:
         """What runs on which part of a model that comes in parts; None: this pass, on every part that it fits."""

@@ -113,7 +113,8 @@ def estimate(
     """Estimate the cost of `graph`.
 
     Symbolic lengths come from `hints` (by symbol name), else from `example_inputs` (anything with a shape, in
-    the order of `graph.inputs`), else they count as DEFAULT_LENGTH. An op of unknown shape counts as nothing.
+    the order of `graph.inputs`), else they count as DEFAULT_LENGTH. A number of kept tokens that only the data say
+    (`longest_row`) counts as all of them. An op of unknown shape counts as nothing.
     """
     lengths = _Lengths(graph, hints or {}, example_inputs)
     total = Cost()
@@ -151,6 +152,10 @@ class _Lengths:
                 # A symint of a graph still being traced says nothing about the length.
                 if isinstance(dim, sympy.Expr) and isinstance(length, int):
                     self.learn(dim, length)
+        for op in graph.ops:
+            if _dialect_name(op) == "longest_row" and isinstance(op.output.shape[0], sympy.Expr):  # type: ignore[index]
+                flags = self.shape(op.operand(0))  # what only the data say is at most as long as the rows
+                self.learn(op.output.shape[0], flags[1] if flags else DEFAULT_LENGTH)  # type: ignore[index]
 
     def learn(self, dim: sympy.Expr, length: int) -> None:
         free = sorted(dim.free_symbols, key=str)

@@ -84,9 +84,9 @@ class Cutter:
         merged, size = self.crossing.insert("merge_tokens", inputs, attrs)
         return self._level(value, merged, Level(0, level, 0, size, slot, keep, source))
 
-    def drop_level(self, value: Value, level: Level, made: list[Value]) -> Level:
+    def drop_level(self, value: Value, level: Level, made: list[Value], *, guard: bool = True) -> Level:
         """Cut at `value` (at `level`): leave tokens out. `made` are slot, keep, source, size and fits of
-        `drop_tokens`; samples that do not fit become NaN. Returns the new level."""
+        `drop_tokens`; guard: samples that do not fit become NaN. Returns the new level."""
         slot, keep, source, size, fits = made
         if level.size is not None:
             raise Refused(f"%{value.name}: tokens that were merged before cannot be dropped")
@@ -94,8 +94,8 @@ class Cutter:
         x = self.crossing.insert(
             "select_tokens", [self.crossing.current(value), keep], {**attrs, "rank": value.rank}
         )[0]
-        batch = max(attrs["batch_axis"], 0)
-        x = self.crossing.insert("guard_rows", [x, fits], {"batch_axis": batch})[0]
+        if guard:
+            x = self.crossing.insert("guard_rows", [x, fits], {"batch_axis": max(attrs["batch_axis"], 0)})[0]
         return self._level(value, x, Level(0, level, 0, size, slot, keep, source, drops=True))
 
     def weigh_level(self, value: Value, level: Level, size: Value) -> Level:

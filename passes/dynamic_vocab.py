@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .analysis.residual import token_ids
+from .analysis.residual import DEFAULT_IDS, token_ids
 from .base import NewSignature, Outcome, Pass, PassContext, numpy_dtype, register, same_examples
 from .errors import PipelineError, Refused
 from .ir.graph import Graph
 from .overlay import find_lookups, overlay
-
-DEFAULT_IDS = "input_ids"
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,9 @@ class DynamicVocab(Pass):
     summary = "embeddings given with the batch, for tokens that were merged before the model"
     Options = DynamicVocabOptions
 
+    def new_inputs(self) -> tuple[str, ...]:
+        return (self.options.name,)
+
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Raises NothingMatched without ids; Refused where they are not looked up in one constant table, or where an op
         reads them for something other than their embeddings."""
@@ -72,9 +73,10 @@ class DynamicVocab(Pass):
 def _signature(
     context: PassContext, options: DynamicVocabOptions, row: tuple[int, str], outputs: int
 ) -> NewSignature:
-    """The examples as they are, and rows that none of their ids reads."""
+    """The examples as they are, and rows: those that were given, or some that none of the ids reads."""
     width, dtype = row
-    shape = [options.rows or 1, width]
-    if options.per_text and context.example_inputs:
-        shape.insert(0, len(context.example_inputs[0]))
-    return same_examples(context, outputs, {options.name: np.zeros(shape, numpy_dtype(dtype))})
+    texts = [len(context.example_inputs[0])] if options.per_text and context.example_inputs else []
+    rows = context.example_of(options.name, dtype, [*texts, options.rows or None, width])
+    if rows is None:
+        rows = np.zeros([*texts, options.rows or 1, width], numpy_dtype(dtype))
+    return same_examples(context, outputs, {options.name: rows})

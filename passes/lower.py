@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Outcome, Pass, PassContext, register
-from .errors import NothingMatched, PipelineError
+from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph
 from .lower_bias import set_biases_apart
 from .lower_caches import write_into_caches
@@ -169,6 +169,12 @@ def take_apart(graph: Graph) -> Outcome:
         from .onnx.mlir import decompose
     else:
         from .ir.fx_mlir import decompose
+    open_ended = next((op for op in graph.ops if op.target.endswith("elision.longest_row")), None)
+    if open_ended is not None:
+        raise Refused(
+            f"{open_ended.target} (%{open_ended.name}) makes a length of data, and a file of MLIR has numbers for its "
+            "lengths: give token-gate a capacity that is one"
+        )
     counts = decompose(graph)  # type: ignore[arg-type]
     if not counts:
         return Outcome(notes=["nothing to lower: the graph has no op that torch-mlir does not take"])

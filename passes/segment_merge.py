@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import sympy
 
 from ..kernels.ops.segment_tokens import slots_for
 from .analysis.layer_ends import layer_value
@@ -91,7 +92,7 @@ class SegmentMerge(Pass):
         space = the_space(analysis)
         value, layer = layer_value(analysis, space, options.layer)
         axis, batch_axis = _axes(analysis, space, value)
-        for name in [options.input, *([SLOTS] if options.dynamic else [])]:
+        for name in self.new_inputs():
             if name in graph.input_names:
                 raise Refused(f"the graph has an input called {name!r} already")
         assert value.shape is not None
@@ -135,12 +136,24 @@ class SegmentMerge(Pass):
         added = examples.added(axis, batch_axis, None if slots is not None else options.slots, ends)
         if added is None:
             outcome.signature = NewSignature()
-        else:
-            given = examples.arrays
-            named = dict(zip([options.input, SLOTS], added))
-            outcome.signature = NewSignature(given, [*given, *added], outputs, added=named)
-            outcome.notes.append("outputs were compared with neighbours as units, evenly over the tokens")
+            return outcome
+        given = examples.arrays
+        named = dict(zip(self.new_inputs(), added))
+        own = {
+            name: context.example_of(name, "int64", array.shape if name != SLOTS else [None])
+            for name, array in named.items()
+        }
+        named = {name: array if own[name] is None else own[name] for name, array in named.items()}
+        outcome.signature = NewSignature(given, [*given, *named.values()], outputs, added=named)
+        units = "neighbours as units, evenly over the tokens"
+        if own[options.input] is not None:
+            units = f"the units of the given {options.input}"
+        outcome.notes.append(f"outputs were compared with {units}")
         return outcome
+
+    def new_inputs(self) -> tuple[str, ...]:
+        options: SegmentOptions = self.options
+        return (options.input, SLOTS) if options.dynamic else (options.input,)
 
     def _check_room(self, space: TokenSpace, length: Dim) -> None:
         options: SegmentOptions = self.options
@@ -222,6 +235,20 @@ def _start(value: Value, axis: int, batch_axis: int | None) -> np.ndarray:
     return np.zeros(math.prod(int(d) for d in widths), np.float32)  # type: ignore[arg-type]
 
 
+def _told(graph: Graph, value: Value, arrays: list[Any]) -> tuple[int, ...] | None:
+    """The shape of `value` for these inputs, where its lengths are made of theirs."""
+    known: dict[sympy.Basic, sympy.Integer] = {}
+    for given, array in zip(graph.inputs, arrays):
+        lengths = zip(given.shape or (), map(sympy.Integer, array.shape))
+        known.update((d, n) for d, n in lengths if isinstance(d, sympy.Symbol))
+    dims: list[Any] = [sympy.sympify(d).xreplace(known) for d in value.shape or ()]
+    return tuple(int(d) for d in dims) if dims and all(d.is_Integer for d in dims) else None
+
+
+def _seen(graph: Graph, value: Value, arrays: list[Any]) -> tuple[int, ...]:
+    return graph.evaluate([value], dict(zip(graph.inputs, arrays)))[0].shape
+
+
 class _Examples:
     """Example inputs for the graph with the input more; taken before it is there."""
 
@@ -232,7 +259,7 @@ class _Examples:
         if not matched or any(v.dtype == "bfloat16" for v in graph.inputs):
             return
         try:
-            self.shape = graph.evaluate([value], dict(zip(graph.inputs, self.arrays)))[0].shape
+            self.shape = _told(graph, value, self.arrays) or _seen(graph, value, self.arrays)
         except ElisionError:  # then there is nothing to compare with, and the outcome says so
             self.shape = None
 

@@ -3,8 +3,9 @@
 Kallini et al., "MrT5: Dynamic Token Merging for Efficient Byte-level Language Models" (ICLR 2025): a linear function of
 the normed hidden state, through a sigmoid scaled to [k, 0]. In training (`mode=soft`) it is added to the logits of the
 token's key in every later attention over these tokens, the decoder's cross-attention too; at inference (`mode=hard`)
-tokens whose gate is not above a threshold are gone. Ours has a static number of slots, so that the graph has static
-shapes: slots that hold nobody have size 0, which later attentions mask out.
+tokens whose gate is not above a threshold are gone. The number of slots for those that are left is static, so that the
+graph has static shapes, or (`capacity=dynamic`) that of the sample with most of them. Slots that hold nobody have size
+0, which later attentions mask out.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from ..kernels.lengths import wanted
 from .analysis.masks import causal_because
+from .analysis.residual import DEFAULT_IDS, token_ids
 from .analysis.spaces import Analysis, Block, TokenSpace, analyse, no_attention
 from .base import Outcome, Pass, PassContext, register
 from .cut import Cutter
 from .cut_maps import WHOLE
 from .drop_policies import valid_tokens
-from .errors import NothingMatched, PipelineError, Refused
+from .errors import NothingMatched, PipelineError, Refused, VerificationError
 from .gate_weights import fresh_gate, read_gate
 from .ir.graph import Graph, Op, Value
 from .options import check_share
@@ -36,35 +40,44 @@ GATE_OUTPUT = "elision_gate"
 class GateOptions:
     """`layer`: the gate stands before this block (from the end where negative). `mode`: for training ("soft") or for
     inference ("hard"). `capacity`, of hard gates: the share of the tokens that there is room for (up to 1), or how
-    many (2 and more); of a sample with more, those of the lowest gate go. `k`: the gate's lower end. `threshold`:
+    many (2 and more); of a sample with more, those of the lowest gate go. Or dynamic: room for all that the sample of a
+    batch with most of them keeps, a length that only the data say. `k`: the gate's lower end. `threshold`:
     tokens with a gate above it stay (k / 2); "-inf" keeps all. `softmax1`: later attentions over these tokens may
     attend to nothing, exp(a) / (1 + sum exp(a)). `norm` of the hidden states that the gate reads. `protect`: so many
     first tokens always stay (by default found in the graph). `last`: so many tokens at the end of each sample, its
-    padding not counted, always stay (the end-of-sequence token). `gates`: the safetensors file of trained gates.
+    padding not counted, always stay (the end-of-sequence token). `protect_ids`: tokens of these ids always stay,
+    wherever they stand. `ids`: the name of the input that has them. `gates`: the safetensors file of trained gates.
     `seed`: of fresh ones."""
 
     layer: int = 3
     mode: Literal["hard", "soft"] = "hard"
-    capacity: float = 0.5
+    capacity: float | Literal["dynamic"] = 0.5
     k: float = -30.0
     threshold: float | Literal["-inf"] | None = None
     softmax1: bool = False
     norm: Literal["rms", "layer", "none"] = "rms"
     protect: int | None = None
     last: int = 1
+    protect_ids: tuple[int, ...] = ()
+    ids: str = DEFAULT_IDS
     gates: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.k >= 0:
             raise PipelineError(f"k, the gate of a token to delete, is below 0, not {self.k}")
-        check_share("capacity", self.capacity)
+        if isinstance(self.capacity, float):
+            check_share("capacity", self.capacity)
         if isinstance(self.threshold, float) and self.threshold >= 0:
             raise PipelineError(f"threshold is below 0, the gate of a token to keep, not {self.threshold}")
         if min(self.protect or 0, self.last) < 0:
             raise PipelineError("protect and last must not be negative")
         if self.seed < 0:
             raise PipelineError(f"seed must not be negative, not {self.seed}")
+
+    @property
+    def dynamic(self) -> bool:
+        return self.capacity == "dynamic"
 
     @property
     def least(self) -> float:
@@ -122,7 +135,8 @@ class TokenGate(Pass):
         if budget.get("count") == 0:
             return Outcome(notes=[f"nothing to delete: there is room for all {space.length} tokens"])
         outcome = Outcome(changed=True, notes=notes)
-        (gate, size), valid, write = self._gate(graph, analysis, space, value, context, outcome)
+        special = self._special(graph, analysis, space)
+        (gate, size), valid, write = self._gate(graph, analysis, space, value, special, context, outcome)
         cutter = Cutter(graph, analysis, space, mismatch="lift", proportional=True, null_key=options.softmax1)
         where = f"before block {layer} of {len(space.blocks)}"
         if options.mode == "soft":
@@ -130,13 +144,13 @@ class TokenGate(Pass):
             graph.add_output(gate, GATE_OUTPUT)
             outcome.notes.append(f"a soft gate stands {where}, over {space.length} tokens")
         else:
-            _harden(cutter, value, gate, valid, write, options, budget)
+            _harden(cutter, value, gate, valid, special, write, options, budget)
             slot = cutter.crossing.levels[-1].slot
             assert slot is not None
             if context.want_map:
                 graph.add_output(slot, "elision_token_map")
                 outcome.extra["token_map"] = {"prefix": space.prefix, "suffix": space.suffix}
-            left = cutter.crossing.levels[-1].length
+            left = "the longest sample's" if options.dynamic else cutter.crossing.levels[-1].length
             outcome.notes.append(f"{where} {left} of {space.length} tokens at most are left")
         outcome.statistics.update(cutter.crossing.statistics)
         outcome.statistics["removed dead ops"] = graph.remove_dead()
@@ -148,6 +162,7 @@ class TokenGate(Pass):
         analysis: Analysis,
         space: TokenSpace,
         value: Value,
+        special: list[Value | None],
         context: PassContext,
         outcome: Outcome,
     ) -> tuple[list[Value], Value | None, Writer]:
@@ -172,7 +187,21 @@ class TokenGate(Pass):
         write = Writer(graph, value.producer)
         valid = valid_tokens(write, analysis, space)
         attrs = {"k": options.k, "norm": options.norm, **_ends(space, options)}
-        return write("delete_gate", [value, weight, bias, valid], **attrs), valid, write
+        return write("delete_gate", [value, weight, bias, valid, *special], **attrs), valid, write
+
+    def _special(self, graph: Graph, analysis: Analysis, space: TokenSpace) -> list[Value | None]:
+        """The ids [B, N] and those [S] that always stay; absent where none does. Raises Refused, NothingMatched."""
+        options: GateOptions = self.options
+        if not options.protect_ids:
+            return []
+        ids = token_ids(graph, options.ids)
+        if (
+            not ids.dtype.startswith("int")
+            or analysis.token_axes(space, ids) != [(1, WHOLE)]
+            or ids.rank != 2
+        ):
+            raise Refused(f"%{ids.name} does not have one id for each of the {space.length} tokens")
+        return [ids, graph.insert_constant(np.asarray(options.protect_ids, np.int64), "elision_gate_ids")]
 
     @classmethod
     def applicability(cls, analysis: Analysis) -> list[str]:
@@ -253,6 +282,8 @@ def _ends(space: TokenSpace, options: GateOptions) -> dict[str, int]:
 def _budget(space: TokenSpace, options: GateOptions) -> dict[str, Any]:
     """How many tokens go, as attributes. Raises Refused where there is no room for the protected ones."""
     length = space.length
+    if isinstance(options.capacity, str):
+        return {}
     if options.capacity <= 1:
         budget: dict[str, Any] = {"ratio": 1 - options.capacity}
     elif isinstance(length, int):
@@ -285,6 +316,7 @@ def _harden(
     value: Value,
     gate: Value,
     valid: Value | None,
+    special: list[Value | None],
     write: Writer,
     options: GateOptions,
     budget: dict[str, Any],
@@ -292,15 +324,28 @@ def _harden(
     """Delete the tokens whose gate is not above the threshold."""
     space = cutter.space
     limits = {"threshold": options.least, "k": options.k}
-    score, counts = write("gate_budget", [gate, valid], **limits, **budget, **_ends(space, options))
+    inputs = [gate, valid, *special]
+    score, counts = write("gate_budget", inputs, **limits, **budget, **_ends(space, options))
     flags = write("top_tokens", [score, counts])[0]
     ends = {"prefix": space.prefix, "suffix": space.suffix}
-    made = write("drop_tokens", [flags, valid], **budget, **ends)
+    slots = _longest(write, flags, valid, ends) if options.dynamic else None
+    made = write("drop_tokens", [flags, valid, slots], **budget, **ends)
     last = write.cursor
     assert last is not None
 
     def at(_: Op) -> None:
         cutter.rest_at(value)
-        cutter.drop_level(value, cutter.crossing.level(value), made)
+        cutter.drop_level(value, cutter.crossing.level(value), made, guard=not options.dynamic)
 
     cutter.walk({last: at})
+
+
+def _longest(write: Writer, flags: Value, valid: Value | None, ends: dict[str, int]) -> Value:
+    """As many slots as the sample with most tokens needs. Raises Refused where the host cannot have such a length."""
+    try:
+        return write("longest_row", [flags, valid], **ends)[0]
+    except VerificationError as error:
+        raise Refused(
+            "capacity=dynamic makes a length of data, and this graph was traced without such lengths: give a capacity, "
+            "or with torch.compile set torch._dynamo.config.capture_scalar_outputs = True"
+        ) from error

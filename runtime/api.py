@@ -16,7 +16,7 @@ from ..passes.errors import ElisionError
 from ..passes.ir.graph import Graph
 from ..passes.pipeline import Passes, parse
 from .files import check_target, write_atomically
-from .inputs import feeds_for, first_line, made_up_feeds, split_inputs
+from .inputs import feeds_for, first_line, made_up_feeds, set_apart, split_inputs
 from .runners import FxRunner, OnnxRunner, Remembered, Runner
 from .table import table_for
 from .tensors import read_tensors, tensors_of
@@ -155,7 +155,8 @@ def optimize(
         a dict of these, for a model that comes in parts (see `optimize_parts`).
     passes: a pipeline text ("token-merge{r=16}"), a pass, or a list of passes.
     example_inputs: a tuple or list (positions), a dict (names), or one tensor. Modules need them; ONNX
-        models use them for the numeric check and make some up where their inputs' shapes allow.
+        models use them for the numeric check and make some up where their inputs' shapes allow. A dict may also hold
+        examples for inputs that passes add (the segments of segment-merge).
     force: apply passes even where they expect no saving. verify: check structure, shapes and numerics after
         every pass. dynamic_shapes: as in torch.export. token_map: also put out the composed token map.
     samples: real inputs that quantize calibrates on, each as example_inputs. notify: told of each step before it
@@ -174,6 +175,7 @@ def optimize(
         return optimize_parts(target, passes, example_inputs, force=force, verify=verify, **both)
     tell = notify or (lambda _step: None)
     given = parse(passes)
+    example_inputs, added = set_apart(example_inputs, given)
     tell("reading the model")
     if is_onnx(target):
         graph, feeds, source = open_onnx(target), None, _source(target)
@@ -197,6 +199,7 @@ def optimize(
         table=table_for(graph.host),
         samples=[_in_order(graph, sample) for sample in samples] if samples else None,
         read_arrays=read_tensors,
+        added=added,
     )
     pipeline = framed(given, graph.host)
     report = run_passes(graph, pipeline, context, runner, verify, tell)

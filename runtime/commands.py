@@ -14,10 +14,12 @@ from rich.text import Text
 from ..passes.base import known_passes
 from ..passes.errors import ElisionError, PipelineError
 from ..passes.options import default_text, describe, nearest, option_help
+from ..passes.pipeline import parse
 from .api import Result, open_onnx, optimize
 from .bench import Comparison, feeds_or_error
 from .costs import cost_ends
 from .doctor import Finding
+from .inputs import set_apart
 
 STATES = {"ok": "green", "absent": "yellow", "broken": "red"}
 
@@ -143,18 +145,29 @@ def bench_sides(
     if second is None and not passes:
         raise ElisionError("nothing to compare with: give a second file, or --passes")
     graph = open_onnx(first)
-    feeds = feeds_or_error(graph, example, batch)
     if second is not None:
-        open_onnx(second)
-        return ((str(first), str(first)), (str(second), str(second))), feeds
+        own = {value.name for value in graph.inputs}
+        more = {value.name for value in open_onnx(second).inputs} - own
+        added = {name: array for name, array in (example or {}).items() if name in more}
+        given = None if example is None else {n: array for n, array in example.items() if n not in added}
+        feeds = feeds_or_error(graph, given, batch)
+        return ((str(first), str(first)), (str(second), str(second))), {**feeds, **added}
+    pipelines = [parse(text) for text in (against, passes)]
+    given, added = set_apart(example, [single for pipeline in pipelines for single in pipeline])
+    feeds = feeds_or_error(graph, given, batch)
     sides: list[Side] = []
-    for text in (against, passes):
+    found: dict[str, Any] = {}
+    for text, pipeline in zip((against, passes), pipelines):
         if not text:
             sides.append((str(first), str(first)))
             continue
-        result = optimize(first, text, feeds, force=force, verify=False, notify=tell)
+        names = {name for single in pipeline for name in single.new_inputs()}
+        examples = {**feeds, **{name: array for name, array in added.items() if name in names}}
+        result = optimize(first, pipeline, examples, force=force, verify=False, notify=tell)
+        for report in result.report.passes:
+            found.update(report.added)
         sides.append((text, result.model.SerializeToString()))
-    return (sides[0], sides[1]), feeds
+    return (sides[0], sides[1]), {**feeds, **found}
 
 
 def show_comparison(console: Console, result: Comparison) -> None:

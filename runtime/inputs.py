@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..passes.base import Pass
 from ..passes.errors import ElisionError
 from ..passes.ir.graph import Dim, Graph, Value
 
@@ -28,6 +29,15 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(example_inputs), {}
     kind = type(example_inputs).__name__
     raise ElisionError(f"example_inputs must be a tuple, list or dict of tensors, not {kind}")
+
+
+def set_apart(example_inputs: Any, passes: Sequence[Pass]) -> tuple[Any, dict[str, np.ndarray]]:
+    """(the examples for the model's own inputs, those for inputs that the passes add). Only a dict can have both."""
+    if not isinstance(example_inputs, Mapping):
+        return example_inputs, {}
+    names = {name for single in passes for name in single.new_inputs()}
+    added = {str(n): to_array(item, str(n)) for n, item in example_inputs.items() if str(n) in names}
+    return {n: item for n, item in example_inputs.items() if str(n) not in added}, added
 
 
 def feeds_for(graph: Graph, example_inputs: Any) -> dict[str, np.ndarray]:

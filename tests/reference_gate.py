@@ -14,8 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gate:
-    """weight [C], bias [1]; `last` tokens always stay. `capacity`: the share of a sample's tokens that there is room
-    for, 1 for no limit."""
+    """weight [C], bias [1]; `last` tokens always stay, and those of the ids in `special`. `capacity`: the share of a
+    sample's tokens that there is room for, 1 for no limit."""
 
     weight: Tensor
     bias: Tensor
@@ -25,13 +25,16 @@ class Gate:
     last: int = 1
     capacity: float = 1.0
     softmax1: bool = False
+    special: tuple[int, ...] = ()
 
-    def values(self, hidden: Tensor) -> Tensor:
-        """G = k * sigmoid(-z), z linear in the RMS-normed hidden states [n, C]; 0 for the last tokens."""
+    def values(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+        """G = k * sigmoid(-z), z linear in the RMS-normed hidden states [n, C]; 0 for those that stay (ids [n])."""
         normed = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
         gate = self.k * torch.sigmoid(-(normed @ self.weight + self.bias))
         if self.last:
             gate = torch.cat([gate[: -self.last], torch.zeros(min(self.last, len(gate)))])
+        if self.special and ids is not None:
+            gate = gate.masked_fill(torch.isin(ids, torch.tensor(self.special)), 0.0)
         return gate
 
     def kept(self, gate: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ def encode(model: Any, ids: Tensor, gate: Gate, *, hard: bool) -> tuple[Tensor, 
     added, values = torch.zeros(len(ids)), torch.zeros(len(ids))
     for index, block in enumerate(stack.block):
         if index == gate.layer:
-            values = gate.values(x)
+            values = gate.values(x, ids)
             if hard:
                 keep = gate.kept(values)
                 x, position, added = x[keep], position[:, keep][:, :, keep], added[keep]

@@ -26,7 +26,10 @@ from tests.zoo.outcome import (
     real_rows,
 )
 from tests.zoo.support import FAST, page, row, rows_of
+from tests.zoo.text_support import HEADING as TEXT_HEADING
+from tests.zoo.text_support import TEXTS, text_row
 from tests.zoo.vlm import VLMS
+from tests.zoo.vlm_support import HEADING as VLM_HEADING
 from tests.zoo.vlm_support import vlm_row
 
 NOTHING = "token-merge{r=0}"
@@ -239,17 +242,30 @@ def test_weights_and_inputs_depend_on_names_only() -> None:
         assert all(torch.equal(a[:1], b) for a, b in zip(first.args, part.args, strict=True))
 
 
+def nameless(text: str) -> str:
+    return re.sub(r"%\w+", "%value", text)
+
+
 def test_the_support_page_is_current(zoo_folder: Path) -> None:
     """Run `make support` where this fails. How values are called differs between versions of torch."""
-
-    def nameless(text: str) -> str:
-        return re.sub(r"%\w+", "%value", text)
-
     assert page().exists()
-    written = rows_of(page().read_text(encoding="utf-8"))
-    assert list(written) == [*ZOO, *VLMS]
+    text = page().read_text(encoding="utf-8")
+    written = rows_of(text)
+    assert list(written) == list(ZOO)
     for name in FAST:
         outcomes = [merged(ZOO[name], host, zoo_folder) for host in HOSTS]
         assert nameless(written[name]) == nameless(row(ZOO[name], outcomes))
+    written = rows_of(text, VLM_HEADING)
+    assert list(written) == list(VLMS)
     for name in ("llava_batch", "internvl"):
         assert nameless(written[name]) == nameless(vlm_row(VLMS[name], zoo_folder))
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "bert" else pytest.param(n, marks=pytest.mark.slow) for n in TEXTS]
+)
+def test_the_support_page_on_texts_is_current(name: str, zoo_folder: Path) -> None:
+    """Run `make support` where this fails."""
+    written = rows_of(page().read_text(encoding="utf-8"), TEXT_HEADING)
+    assert list(written) == list(TEXTS)
+    assert nameless(written[name]) == nameless(text_row(TEXTS[name], zoo_folder))

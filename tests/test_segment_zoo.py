@@ -34,8 +34,6 @@ def pairs() -> list:
         pytest.param(name, host, id=f"{name}-{host}", marks=() if (name, host) in FAST else marks)
         for name in MODELS
         for host in HOSTS
-        # torch.onnx writes a file of DeBERTa that onnxruntime does not run.
-        if (name, host) != ("deberta_v2", "onnx")
     ]
 
 

@@ -22,6 +22,8 @@ def delete_gate(
     weight: Tensor,
     bias: Tensor,
     valid: Tensor | None = None,
+    ids: Tensor | None = None,
+    special: Tensor | None = None,
     *,
     k: float = -30.0,
     norm: str = "rms",
@@ -30,12 +32,13 @@ def delete_gate(
     suffix: int = 0,
     last: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """x [B, N, C], weight [C], bias [1], valid [B or 1, N] (> 0: no padding) -> gate [B, N] from k to 0, size [B, N].
+    """x [B, N, C], weight [C], bias [1], valid [B or 1, N] (> 0: no padding), ids int [B, N], special int [S] -> gate
+    [B, N] from k to 0, size [B, N].
 
     size is exp(gate), 0 for padding: in `attention` its logarithm is added to the logits. Both float32. The gate is
     k * sigmoid(-(weight . norm(x) + bias)), the norm without parameters of its own. 0 for protected tokens: the first
-    `prefix`, the last `suffix`, and of every sample the `last` ones that are no padding. k for padding. Computed in
-    float32; differentiable in x, weight and bias."""
+    `prefix`, the last `suffix`, and of every sample the `last` ones that are no padding, and those whose id is one of
+    `special`. k for padding. Computed in float32; differentiable in x, weight and bias."""
     _check(norm)
     wide = x.float()
     if norm == "layer":
@@ -44,7 +47,7 @@ def delete_gate(
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     gate = k * torch.sigmoid(-((wide * weight.float()).sum(-1) + bias.float()))
     real = _real(gate, valid)
-    gate = torch.where(_protected(real, prefix, suffix, last), 0.0, gate)
+    gate = torch.where(_protected(real, ids, special, prefix, suffix, last), 0.0, gate)
     gate = torch.where(real, gate, k)
     return gate, torch.where(real, gate.exp(), 0.0)
 
@@ -52,6 +55,8 @@ def delete_gate(
 def gate_budget(
     gate: Tensor,
     valid: Tensor | None = None,
+    ids: Tensor | None = None,
+    special: Tensor | None = None,
     *,
     threshold: float = -15.0,
     k: float = -30.0,
@@ -61,13 +66,14 @@ def gate_budget(
     suffix: int = 0,
     last: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """gate [B, N], valid [B or 1, N] -> score float32 [B, N], counts int32 [B]: operands of `top_tokens`.
+    """gate [B, N], valid [B or 1, N], ids [B, N], special [S] -> score float32 [B, N], counts int32 [B].
 
-    score: gate - k, and -1 for what is not to choose among: protected tokens (as in `delete_gate`) and padding. counts:
-    how many have a gate above `threshold`, but no more than there is room for. `drop_tokens` with the same `count` or
-    `ratio` makes the room; of a ratio each sample gets the share of its own tokens, whatever its padding."""
+    They are operands of `top_tokens`. score: gate - k, and -1 for what is not to choose among: protected tokens (as in
+    `delete_gate`) and padding. counts: how many have a gate above `threshold`, but no more than there is room for.
+    `drop_tokens` with the same `count` or `ratio` makes the room; of a ratio each sample gets the share of its own
+    tokens, whatever its padding. With neither there is room for all."""
     real = _real(gate, valid)
-    protected = _protected(real, prefix, suffix, last)
+    protected = _protected(real, ids, special, prefix, suffix, last)
     candidate = real & ~protected
     score = torch.where(candidate, (gate - k).clamp(min=0), -1.0)
     counts = (candidate & (gate > threshold)).sum(1)
@@ -93,13 +99,17 @@ def _real(gate: Tensor, valid: Tensor | None) -> Tensor:
     return (valid > 0).expand(gate.shape)
 
 
-def _protected(real: Tensor, prefix: int, suffix: int, last: int) -> Tensor:
+def _protected(
+    real: Tensor, ids: Tensor | None, special: Tensor | None, prefix: int, suffix: int, last: int
+) -> Tensor:
     length = real.shape[1]
     places = torch.arange(length, device=real.device).expand(real.shape)
     found = (places < prefix) | (places >= length - suffix)
     if last:
         end = torch.where(real, places, -1).amax(1, keepdim=True)
         found = found | (real & (places > end - last))
+    if ids is not None and special is not None:
+        found = found | (real & (ids[..., None] == special).any(-1))
     return found
 
 
@@ -116,7 +126,7 @@ def _gate_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]
     z = b("Add", product, b.cast("bias", FLOAT))
     gate = b("Mul", b("Sigmoid", b("Neg", z)), b.constant(attrs["k"], FLOAT))
     real = _body_real(b, gate, operands[3])
-    protected = _body_protected(b, gate, real, attrs)
+    protected = _body_protected(b, gate, real, operands[4:], attrs)
     if protected is not None:
         gate = b("Where", protected, b.constant(0.0, FLOAT), gate)
     if real is None:
@@ -133,7 +143,9 @@ def _body_real(b: Body, gate: str, valid: Any) -> str | None:
     return b.cast(b("Expand", found, b("Shape", gate)), BOOL)
 
 
-def _body_protected(b: Body, gate: str, real: str | None, attrs: dict[str, Any]) -> str | None:
+def _body_protected(
+    b: Body, gate: str, real: str | None, listed: list[Any], attrs: dict[str, Any]
+) -> str | None:
     """Which tokens stay whatever the gate says, bool [B, N]; None for none."""
     length = b.length(gate, 1)
     places = b("Expand", b.count(length), b("Shape", gate))
@@ -149,6 +161,11 @@ def _body_protected(b: Body, gate: str, real: str | None, attrs: dict[str, Any])
             mine = b("Where", real, places, b.constant(-1))
             end = b("ReduceMax", mine, b.constant([1]), keepdims=1)
             found.append(b("And", real, b("Greater", places, b("Sub", end, b.constant(attrs["last"])))))
+    if None not in listed:
+        same = b("Equal", b.unsqueeze(b.cast("ids", INT64), 2), b.cast("special", INT64))
+        hit = b("ReduceMax", b.cast(same, INT32), b.constant([2]), keepdims=0)
+        hit = b.cast(hit, BOOL)
+        found.append(hit if real is None else b("And", real, hit))
     if not found:
         return None
     protected = found[0]
@@ -164,7 +181,7 @@ def _budget_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[st
         return b("ReduceSum", b.cast(flags, INT64), one, keepdims=0)
 
     real = _body_real(b, "gate", operands[1])
-    protected = _body_protected(b, "gate", real, attrs)
+    protected = _body_protected(b, "gate", real, operands[2:], attrs)
     nowhere = b("Less", b("Mul", "gate", b.constant(0.0, FLOAT)), b.constant(0.0, FLOAT))
     everywhere = b("Not", nowhere)
     real, protected = real or everywhere, protected or nowhere
@@ -200,7 +217,7 @@ ENDS = (Attr("prefix", 0), Attr("suffix", 0), Attr("last", 0))
 GATE = OpDef(
     name="delete_gate",
     summary="A learned gate for each token, from k (delete) to 0 (keep).",
-    inputs=("x", "weight", "bias", "valid?"),
+    inputs=("x", "weight", "bias", "valid?", "ids?", "special?"),
     outputs=("gate", "size"),
     attrs=(Attr("k", -30.0), Attr("norm", "rms"), Attr("eps", 1e-6), *ENDS),
     reference=delete_gate,
@@ -213,7 +230,7 @@ GATE = OpDef(
 BUDGET = OpDef(
     name="gate_budget",
     summary="Scores of the tokens that a gate may delete, and how many of each sample's stay.",
-    inputs=("gate", "valid?"),
+    inputs=("gate", "valid?", "ids?", "special?"),
     outputs=("score", "counts"),
     attrs=(Attr("threshold", -15.0), Attr("k", -30.0), Attr("count", -1), Attr("ratio", -1.0), *ENDS),
     reference=gate_budget,

@@ -73,6 +73,7 @@ def _top_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
 def drop_tokens(
     flags: Tensor,
     valid: Tensor | None = None,
+    slots: Tensor | None = None,
     *,
     count: int = -1,
     ratio: float = -1.0,
@@ -81,20 +82,26 @@ def drop_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """flags [B, N], valid [B or 1, N] (> 0: no padding) -> a map onto N' slots, and two checks of it.
 
-    `count` tokens go, or floor(ratio * N). slot [B, N], keep [B, N'], source [B, N-N'] int32; size [B, N'] and fits
-    [B] float32. Tokens keep their order. Wanted are tokens with a flag other than 0 that are no padding; the first
-    `prefix` and the last `suffix` tokens keep their place, padding or not. A sample that wants fewer than there are
-    slots fills up with others, whose size is 0 (nothing attends to them) and whose slot is -1; one that wants more does
-    not fit (fits 0), and all of its tokens have slot 0."""
+    `count` tokens go, or floor(ratio * N); or N' is the length of `slots` int64 [N'] (0, 1, ...). slot [B, N], keep
+    [B, N'], source [B, N-N'] int32; size [B, N'] and fits [B] float32. Tokens keep their order. Wanted are those with
+    a flag other than 0 that are no padding; the first `prefix` and the last `suffix` tokens keep their place, padding
+    or not. A sample that wants fewer than there are slots fills up with others, whose size is 0 (nothing attends to
+    them) and whose slot is -1; one that wants more does not fit (fits 0), and all of its tokens have slot 0."""
     batch, length = flags.shape
     asked = flags != 0 if valid is None else (flags != 0) & (valid > 0)
-    left = length - wanted(length, count, ratio)
     places = torch.arange(length, device=flags.device).expand(batch, length)
     stays = asked | (places < prefix) | (places >= length - suffix)
     order = torch.sort(torch.where(stays, places, places + length), dim=1).indices
-    keep = torch.sort(order[:, :left], dim=1).values
-    source = torch.sort(order[:, left:], dim=1).values
-    slot = torch.where(stays, torch.full_like(places, -1).scatter(1, keep, places[:, :left]), -1)
+    if slots is None:
+        left = length - wanted(length, count, ratio)
+        first, others, numbers = order[:, :left], order[:, left:], places[:, :left]
+    else:  # chosen by number: torch cannot tell that a slice has a length that only the data say
+        left = slots.shape[0]
+        rest = torch.arange(length - left, device=flags.device) + left
+        first, others = order.index_select(1, slots), order.index_select(1, rest)
+        numbers = slots.expand(batch, left)
+    keep, source = torch.sort(first, dim=1).values, torch.sort(others, dim=1).values
+    slot = torch.where(stays, torch.full_like(places, -1).scatter(1, keep, numbers), -1)
     size = torch.gather(asked.float(), 1, keep)
     fits = (stays.sum(1) <= left).float()
     slot = torch.where(fits[:, None] > 0, slot, 0)
@@ -103,14 +110,18 @@ def drop_tokens(
 
 def _drop_shapes(shapes: list[Any], attrs: dict[str, Any]) -> list[Shape]:
     batch, length = shapes[0]
-    gone: Dim = wanted(length, attrs["count"], attrs["ratio"])
-    left: Dim = length - gone
+    if shapes[2] is not None:
+        left: Dim = shapes[2][0]
+        gone: Dim = length - left
+    else:
+        gone = wanted(length, attrs["count"], attrs["ratio"])
+        left = length - gone
     return [(batch, length), (batch, left), (batch, gone), (batch, left), (batch,)]
 
 
 def _drop_body(b: Body, operands: list[Any], attrs: dict[str, Any]) -> list[str]:
     batch, length = b.length("flags", 0), b.length("flags", 1)
-    left = b("Sub", length, body_gone(b, length, attrs))
+    left = b.length("slots", 0) if operands[2] is not None else b("Sub", length, body_gone(b, length, attrs))
     wanted = b("Not", b("Equal", "flags", b.constant(0.0, FLOAT)))
     if operands[1] is not None:
         wanted = b("And", wanted, b("Greater", "valid", b.constant(0.0, FLOAT)))
@@ -166,7 +177,7 @@ TOP = OpDef(
 DROP = OpDef(
     name="drop_tokens",
     summary="The map that leaves a number or share of tokens out: flagged 0 or padding; what is real, and if it fits.",
-    inputs=("flags", "valid?"),
+    inputs=("flags", "valid?", "slots?"),
     outputs=("slot", "keep", "source", "size", "fits"),
     attrs=(Attr("count", -1), Attr("ratio", -1.0), Attr("prefix", 0), Attr("suffix", 0)),
     reference=drop_tokens,

@@ -14,6 +14,8 @@ from ..errors import NothingMatched, Refused
 from ..ir.graph import Graph, Op, Value
 from .flow import is_float, reads_shapes
 
+DEFAULT_IDS = "input_ids"
+"""The usual name of the input with the ids of an encoder's or a decoder's tokens."""
 _LOOKUPS = ("embedding", "gather")
 _ADDITIONS = ("add", "residual_add")
 

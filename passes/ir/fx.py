@@ -22,6 +22,7 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.utils import _pytree as pytree
 
 from ...kernels import ops as _dialect  # noqa: F401  (importing it registers torch.ops.elision)
@@ -235,6 +236,9 @@ class FxGraph(FxState):
             raise VerificationError(
                 f"{fx_call.target_text(node.target)} cannot take its operands: {fx_nodes.first_line(error)}"
             ) from error
+        made = compute_unbacked_bindings(self._mode.shape_env, node.meta["val"])
+        if made:
+            node.meta["unbacked_bindings"] = made
         self._changed()
         return self._add_op(node, position)
 

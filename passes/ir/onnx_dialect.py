@@ -112,7 +112,11 @@ def shapes_of(env: ShapeEnv, node: ir.Node) -> list[Shape | None] | None:
     if name not in OPS:
         return None
     shapes = [None if v is None else env.need(v) for v in node.inputs]
-    return [tuple(shape) for shape in OPS[name].output_shapes(shapes, attrs)]
+    found = OPS[name].output_shapes(shapes, attrs)
+    return [
+        tuple(env.fresh(out, axis) if length is None else length for axis, length in enumerate(shape))
+        for out, shape in zip(node.outputs, found)
+    ]
 
 
 def dtypes_of(node: ir.Node) -> list[ir.DataType | None]:

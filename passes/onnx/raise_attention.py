@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from ..ir.graph import Dim
 from ..ir.onnx_shapes import broadcast
 from .surgery import Declined, Editor
 
@@ -30,7 +31,6 @@ class Scores:
     masks: list[ir.Value] = field(default_factory=list)
     keep: ir.Value | None = None  # a bool mask: True where a key may be attended to
     per_head: ir.Value | None = None  # a constant factor [h, 1, 1]
-    reshaped: bool = False
 
 
 def raise_attention(ed: Editor) -> None:
@@ -96,7 +96,7 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
     masks: list[ir.Value] = []
     keep: ir.Value | None = None
     per_head: ir.Value | None = None
-    reshaped = False
+    heads: Dim | None = None  # of scores that are [b * h, n, m] here and [b, h, n, m] there
     softcap = 0.0
     for _ in range(14):
         node = None if value is None else value.producer()
@@ -105,7 +105,10 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
         if value is not softmax.inputs[0] and not ed.used_once(value):
             raise Declined(f"the scores are used elsewhere too (%{value.name})")
         if node.domain == "" and node.op_type == "MatMul":
-            return Scores(node, found["scale"] * (softcap or 1.0), softcap, masks, keep, per_head, reshaped)
+            if heads is not None:
+                masks = [split_heads(ed, softmax, mask, heads) for mask in masks]
+                keep = None if keep is None else split_heads(ed, softmax, keep, heads)
+            return Scores(node, found["scale"] * (softcap or 1.0), softcap, masks, keep, per_head)
         if node.domain != "":
             raise Declined(f"{ed.label(node)} stands between the product and the softmax")
         if node.op_type in ("Mul", "Div"):
@@ -142,11 +145,28 @@ def scores_of(ed: Editor, softmax: ir.Node) -> Scores:
         elif node.op_type in ("Cast", "Identity"):
             value = node.inputs[0]
         elif node.op_type == "Reshape" and folds_heads(ed, node):
-            reshaped = not reshaped
+            heads = next(
+                s[1] for s in map(ed.shape, (node.inputs[0], value)) if s is not None and len(s) == 4
+            )
             value = node.inputs[0]
         else:
             raise Declined(f"{ed.label(node)} stands between the product and the softmax")
     raise Declined("no product of queries and keys within reach")
+
+
+def split_heads(ed: Editor, before: ir.Node, mask: ir.Value, heads: Dim) -> ir.Value:
+    """A mask over folded heads, [b * h, n, m], as [b, h, n, m]; any other as it is."""
+    shape = ed.shape(mask)
+    if shape is None or len(shape) != 3 or shape[0] == 1:
+        return mask
+    if not isinstance(heads, int):
+        raise Declined("a mask over folded heads whose number is not static")
+    tail = [d for d in shape[1:] if isinstance(d, int)]
+    if len(tail) == 2:
+        return ed.emit("Reshape", [mask, ed.ints([-1, heads, *tail])], before=before)
+    lengths = ed.emit("Shape", [mask], {"start": 1, "end": 3}, before=before)
+    target = ed.emit("Concat", [ed.ints([-1, heads]), lengths], {"axis": 0}, before=before)
+    return ed.emit("Reshape", [mask, target], before=before)
 
 
 def scaled(ed: Editor, node: ir.Node, mask: ir.Value, scale: float) -> ir.Value:
@@ -435,16 +455,12 @@ def unfold(
     mask_shape = ed.shape(mask) if mask is not None else ()
     if len(known) == 3 and known[0][:2] == known[1][:2] == known[2][:2]:
         heads = known[0][1]
-        if mask is not None and mask_shape is not None and len(mask_shape) == 3 and mask_shape[0] != 1:
-            if not isinstance(heads, int):
-                raise Declined("a mask over folded heads whose number is not static")
-            tail = [d if isinstance(d, int) else 0 for d in mask_shape[1:]]
-            if 0 in tail:
-                raise Declined("a mask over folded heads whose lengths are not static")
-            mask = ed.emit("Reshape", [mask, ed.ints([-1, heads, *tail])], before=before)
+        mask = None if mask is None else split_heads(ed, before, mask, heads)
         a, b, c = sources
         assert a is not None and b is not None and c is not None
         return a, b, c, mask
+    if mask_shape is not None and len(mask_shape) == 4:
+        raise Declined("a mask over heads that the queries, keys or values have folded into the batch")
     axis = ed.ints([1])
     a, b, c = (ed.emit("Unsqueeze", [x, axis], before=before) for x in (q, k, v))
     if mask is not None and mask_shape is not None and len(mask_shape) == 3:

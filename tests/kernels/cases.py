@@ -416,6 +416,8 @@ def _dropping() -> list[Case]:
 def _gates() -> list[Case]:
     valid = torch.tensor([[1.0] * 7, [1, 1, 1, 1, 1, 0, 0]])
     ends = {"prefix": 1, "suffix": 1, "last": 2}
+    kept = torch.tensor([[0.0, 1, 0, 1, 0, 1, 0], [-1, 0, 0, 1, 0, 1, 1]])
+    ids, special = torch.tensor([[1, 5, 9, 2, 4, 2, 7], [2, 3, 3, 9, 8, 9, 2]]), torch.tensor([2, 9])
 
     def gated(dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
         return [torch.randn(2, 7, 5).to(dtype), torch.randn(5), torch.tensor([0.3])]
@@ -433,7 +435,15 @@ def _gates() -> list[Case]:
         Case("gate_budget", "share", lambda: [gates(), valid], {"ratio": 0.4, "threshold": -25.0, **ends}),
         Case("gate_budget", "count", lambda: [gates(), valid], {"count": 3, "threshold": -28.0, **ends}),
         Case("gate_budget", "no padding", lambda: [gates()], {"ratio": 0.4, "threshold": -30.0, "last": 1}),
+        Case("delete_gate", "ids", lambda: [*gated(), valid, ids, special], {"last": 1}),
+        Case("delete_gate", "ids, no padding", lambda: [*gated(), None, ids, special], {}),
+        Case("gate_budget", "ids", lambda: [gates(), valid, ids.int(), special], {"ratio": 0.4, "last": 1}),
+        Case("longest_row", "plain", lambda: [(gates() > -15).float()], {}),
+        Case("longest_row", "nothing", lambda: [torch.zeros(2, 7), valid], {}),
+        Case("longest_row", "ends", lambda: [kept, valid], {"prefix": 1, "suffix": 1}),
         Case("drop_tokens", "share", lambda: [(gates() > -15).float(), valid], {"ratio": 0.4}),
+        Case("drop_tokens", "slots", lambda: [kept, valid, torch.arange(4)], {"prefix": 1}),
+        Case("drop_tokens", "slots, does not fit", lambda: [kept, valid, torch.arange(2)], {}),
         Case(
             "blend_tokens", "plain", lambda: [torch.randn(2, 3, 4), slot, torch.randn(2, 5, 4)], {"axis": 1}
         ),

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from elision.kernels.mlir import PRIMITIVES
+from elision.passes.errors import Refused
 from elision.passes.ir.fx import FxGraph
 from elision.passes.ir.fx_mlir import decompose
 from elision.passes.ir.onnx import OnnxGraph
@@ -66,8 +67,12 @@ def test_torch_graphs(case: Case) -> None:
 
 
 # Products of few bits are ONNX Runtime's own operator in files, which torch-mlir does not read: docs/mlir.md says so.
+# A length that only the data say is refused.
 FILES = [
-    case for case in CASES if not (case.op in ("linear_topk", "linear_spread") and case.attrs["bits"] < 16)
+    case
+    for case in CASES
+    if case.op != "longest_row"
+    and not (case.op in ("linear_topk", "linear_spread") and case.attrs["bits"] < 16)
 ]
 
 
@@ -101,6 +106,13 @@ def test_both_pipelines_say_it_as_lower() -> None:
     result = optimize(OneOp(case, operands), "lower{target=mlir}", tuple(operands))
     assert result.report.passes[0].statistics == {"match_padded_tokens taken apart": 1}
     assert not targets(result.graph) & set(PRIMITIVES)
+
+
+def test_a_length_of_data_is_refused() -> None:
+    case = next(case for case in CASES if case.op == "longest_row")
+    operands = case.make()
+    with pytest.raises(Refused, match=r"longest_row \(%longest_row\) makes a length of data"):
+        optimize(OneOp(case, operands), "lower{target=mlir}", tuple(operands))
 
 
 def test_dynamic_batch() -> None:

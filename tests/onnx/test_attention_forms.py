@@ -237,6 +237,51 @@ def test_relative_positions_and_a_mask() -> None:
     check(b.model(), {**feed(), "mask": values}, Attention=1)
 
 
+@pytest.mark.parametrize("free", [False, True])
+def test_a_bias_over_folded_heads_and_a_mask_over_samples(free: bool) -> None:
+    """DeBERTa's: positions are scored with heads folded into the batch, the mask is added to [b, h, n, m]."""
+    b = Builder(17)
+    n = "n" if free else N
+    x = b.input("x", ["batch", n, C])
+    mask = b.input("mask", ["batch", 1, 1, n])
+    length = b("Shape", x)
+    shape = b.unsqueeze(b("Gather", length, b.const(1, np.int64)), [0]) if free else b.ints(N)
+    q, k, v = (
+        b("Reshape", heads(b, x, n=0), b("Concat", b.ints(-1), shape, b.ints(D), axis=0)) for _ in range(3)
+    )
+    turned = [b("Transpose", y, perm=[0, 2, 1]) for y in (k, q)]
+    bias = b("MatMul", b("Mul", q, b.const(0.3)), turned[1])
+    scores = b("Add", b("MatMul", q, b("Div", turned[0], b.const(3.0))), bias)
+    scores = b("Reshape", scores, b("Concat", b.ints(-1, H), shape, shape, axis=0))
+    weights = softmax(b, b("Add", scores, mask))
+    out = b("MatMul", b("Reshape", weights, b("Concat", b.ints(-1), shape, shape, axis=0)), v)
+    join(b, b("Reshape", out, b("Concat", b.ints(-1, H), shape, b.ints(D), axis=0)), n=0 if free else N)
+    generator = np.random.default_rng(0)
+
+    def feeds(batch: int, n: int) -> dict[str, np.ndarray]:
+        values = np.where(generator.random((batch, 1, 1, n)) > 0.3, 0, -1e4).astype(np.float32)
+        return {**feed(batch, n), "mask": values}
+
+    graph, _ = check(b.model(), feeds(2, N), feeds(5, N), *([feeds(4, 9)] if free else []), Attention=1)
+    (op,) = graph.ops_of("attention")
+    assert op.inputs[3].shape[:2] == op.inputs[0].shape[:2]
+
+
+def test_a_mask_over_heads_that_stay_folded_is_no_attention_of_one_head() -> None:
+    b = Builder(17)
+    x = b.input("x", [H, N, C])  # three single heads that nobody folded
+    mask = b.input("mask", [1, H, N, N])
+    q, k, v = (b("MatMul", x, b.weight(C, D)) for _ in range(3))
+    scores = b("MatMul", q, b("Transpose", k, perm=[0, 2, 1]))
+    scores = b("Add", b("Reshape", scores, b.ints(1, H, N, N)), mask)
+    b.output(b("MatMul", b("Reshape", softmax(b, scores), b.ints(H, N, N)), v))
+    values = np.random.default_rng(0).normal(size=(1, H, N, N)).astype(np.float32)
+    _, report = check(b.model(), {**feed(H), "mask": values}, Attention=0)
+    assert any(
+        "a mask over heads that the queries, keys or values have folded" in m for m in report.near_misses
+    )
+
+
 @pytest.mark.parametrize("form", ["gather", "split", "wide split", "slices"])
 @pytest.mark.parametrize("opset", [11, 17])
 def test_packed(form: str, opset: int) -> None:

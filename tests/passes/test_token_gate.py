@@ -97,9 +97,9 @@ def reference_stream(ids: Tensor) -> Tensor:
     seen: list[Tensor] = []
 
     class Watch(reference.Gate):
-        def values(self, hidden: Tensor) -> Tensor:
+        def values(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
             seen.append(hidden)
-            return super().values(hidden)
+            return super().values(hidden, ids)
 
     made = weights()
     reference.encode(t5().inner, ids, Watch(made["weight"], made["bias"], 1), hard=False)

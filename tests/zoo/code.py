@@ -1,4 +1,5 @@
-"""Text and code models that `segment-merge` is tried on: encoders, encoders with a decoder, and a prompt's pass."""
+"""Text and code models that segments, delete gates and dynamic vocabularies are tried on: encoders, encoders with a
+decoder, and a prompt's pass."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from .model import Call, Inputs, ZooModel, text
+from .model import Call, Inputs, MeanPool, ZooModel, text
 from .text import AXES, BERT_SIZES, LENGTH, NAMES, SIZES, WIDTH
 
 READ = 7
@@ -89,6 +90,11 @@ def _deberta() -> Call:
     return Call(hf.DebertaV2ForSequenceClassification(config), NAMES, "logits")
 
 
+def _minilm() -> MeanPool:
+    """A sentence model: a BERT whose tokens are averaged."""
+    return MeanPool(hf.BertModel(hf.BertConfig(**BERT_SIZES), add_pooling_layer=False))
+
+
 def _t5() -> Call:
     config = hf.T5Config(
         vocab_size=100, d_model=WIDTH, d_kv=16, d_ff=64, num_layers=3, num_heads=2, decoder_start_token_id=0
@@ -111,6 +117,36 @@ def _codet5p() -> Call:
         tie_word_embeddings=False,
     )
     model = hf.T5ForConditionalGeneration(config)
+    return Call(model, f"{NAMES} decoder_input_ids", "logits", use_cache=False)
+
+
+def _byt5() -> Call:
+    """Bytes: a gated T5 whose encoder is deeper than its decoder."""
+    config = hf.T5Config(
+        vocab_size=384,
+        d_model=WIDTH,
+        d_kv=16,
+        d_ff=64,
+        num_layers=3,
+        num_decoder_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    model = hf.T5ForConditionalGeneration(config)
+    return Call(model, f"{NAMES} decoder_input_ids", "logits", use_cache=False)
+
+
+def _bart() -> Call:
+    sides: dict[str, Any] = {
+        f"{side}_{what}": number
+        for side in ("encoder", "decoder")
+        for what, number in (("layers", 3), ("attention_heads", 2), ("ffn_dim", 64))
+    }
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = hf.BartConfig(vocab_size=100, d_model=WIDTH, max_position_embeddings=64, **sides, **special)
+    model = hf.BartForConditionalGeneration(config)
     return Call(model, f"{NAMES} decoder_input_ids", "logits", use_cache=False)
 
 
@@ -149,9 +185,12 @@ CODE = [
     ),
     _entry("unixcoder", _unixcoder, "UniXcoder", per_token=True),
     _entry("xlmr", _xlmr, "XLM-R"),
+    _entry("minilm", _minilm, "MiniLM", note="masked mean over tokens"),
     _entry("deberta_v2", _deberta, "DeBERTa-v2"),
     _entry("codet5", _t5, "T5, CodeT5", with_decoder, dynamic=DECODED),
     _entry("codet5p", _codet5p, "CodeT5+", with_decoder, dynamic=DECODED),
+    _entry("byt5", _byt5, "ByT5", with_decoder, dynamic=DECODED),
+    _entry("bart", _bart, "BART", with_decoder, dynamic=DECODED),
     _entry(
         "llama_prompt",
         _llama,

@@ -1,4 +1,4 @@
-"""Writes docs/support.md: what token merging and token dropping do to every model of the zoo, in both hosts.
+"""Writes docs/support.md: what each family of passes does to every model of the zoo, in both hosts.
 
 python -m tests.zoo.support
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from . import ZOO
 from .model import ZooModel
 from .outcome import HOSTS, Outcome, merged
+from .text_support import HEAD as TEXT_HEAD
+from .text_support import TEXTS, text_row
 from .vlm import VLMS
 from .vlm_support import HEAD as VLM_HEAD
 from .vlm_support import vlm_row
@@ -48,9 +50,10 @@ def row(entry: ZooModel, outcomes: Sequence[Outcome]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def rows_of(text: str) -> dict[str, str]:
-    """The table's lines by model name."""
-    lines = [line for line in text.splitlines() if line.startswith("| `")]
+def rows_of(text: str, heading: str = "") -> dict[str, str]:
+    """The lines of the tables under a heading, or before the first one, by model name."""
+    _, _, part = text.partition(f"{heading}\n") if heading else ("", "", text)
+    lines = [line for line in part.partition("\n## ")[0].splitlines() if line.startswith("| `")]
     return {line.split("`")[1]: line for line in lines}
 
 
@@ -80,10 +83,12 @@ def main() -> None:
             lines.append(row(entry, outcomes))
             print(lines[-1], file=sys.stderr)
         more = [vlm_row(entry, Path(name)) for entry in VLMS.values()]
+        texts = [text_row(entry, Path(name)) for entry in TEXTS.values()]
     target = page()
     target.parent.mkdir(exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(HEAD + "\n".join(lines) + "\n" + VLM_HEAD + "\n".join(more) + "\n", encoding="utf-8")
+    parts = [HEAD, *lines, VLM_HEAD, *more, TEXT_HEAD, *texts]
+    temporary.write_text("".join(p if p.endswith("\n") else f"{p}\n" for p in parts), encoding="utf-8")
     temporary.replace(target)
 
 

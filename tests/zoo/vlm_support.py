@@ -14,8 +14,10 @@ from .vlm import VlmModel, export, onnx_file
 
 PASSES = "token-drop{policy=cls-topk budget=0.25}"
 
+HEADING = "## Vision-language models"
+
 HEAD = f"""
-## Vision-language models
+{HEADING}
 
 `{PASSES}` on small random configurations, two texts with a picture each. Where it drops, the logits of the tokens that
 are left are those of the unchanged model to which the dropped tokens are hidden (within 1e-4). Tests hold that for all
