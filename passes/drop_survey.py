@@ -12,7 +12,7 @@ import sympy
 from .analysis.joins import Join
 from .analysis.spaces import Analysis, Ends, analyse
 from .base import PassContext, as_array
-from .carry import Carried, Carrier
+from .carry import Carrier
 from .drop_policies import Tower, quotient
 from .errors import Refused
 from .ir.graph import Dim, Graph, Value, product, static
@@ -78,7 +78,7 @@ def look(graph: Graph, find: Callable[[Analysis], Join | None], context: PassCon
     if others:
         if not isinstance(batch, int):
             raise Refused(f"%{features.name} has separators among its tokens, and the batch is symbolic")
-        total: Dim = _counted(trial, numbers, context, width)
+        total: Dim = _counted(trial, numbers.value, context) // (int(width) if numbers.wide else 1)
     else:
         known = {
             s for v in trial.inputs for d in v.shape or () if not isinstance(d, int) for s in d.free_symbols
@@ -86,6 +86,23 @@ def look(graph: Graph, find: Callable[[Analysis], Join | None], context: PassCon
         total = quotient(_at_most(product(features.shape), known), width)
     images = _number(quotient(tower.pictures, batch), f"pictures in each of {batch} texts")
     rows = _number(quotient(total, batch), f"image tokens in each of {batch} texts")
+    return Survey(rows, images, _ranked(tower, carrier, join), bool(carrier.shuffled))
+
+
+def look_at_output(graph: Graph, find: Callable[[Analysis], Join | None], context: PassContext) -> Survey:
+    """The same of a graph that puts the features out, with others among them: `rows` and `images` are those of the
+    whole output. Raises Refused where their number is no constant."""
+    trial, join, carrier = followed(graph, find)
+    tower = tower_of(carrier.analysis, join)
+    images = _number(tower.pictures, f"pictures in %{join.value.name}")
+    if static(join.value.shape) is None:
+        raise Refused(f"%{join.value.name} has separators among its tokens, and their number is symbolic")
+    rows = _counted(trial, carrier.at(join.value), context)
+    return Survey(rows, images, _ranked(tower, carrier, join), bool(carrier.shuffled))
+
+
+def _ranked(tower: Tower, carrier: Carrier, join: Join) -> int:
+    """How many tokens a picture has when they are ranked."""
     ranked = tower.candidates * tower.rows
     if carrier.shuffled:
         ranked = product(carrier.shuffled[0].shape or ())
@@ -93,8 +110,7 @@ def look(graph: Graph, find: Callable[[Analysis], Join | None], context: PassCon
         raise Refused(
             f"the {tower.candidates} tokens of several pictures in one row reach the text one by one"
         )
-    each = _number(quotient(ranked, tower.pictures), "tokens of an image")
-    return Survey(rows, images, each, bool(carrier.shuffled))
+    return _number(quotient(ranked, tower.pictures), "tokens of an image")
 
 
 def _at_most(length: Dim, known: set[sympy.Basic]) -> Dim:
@@ -115,8 +131,8 @@ def _number(found: Dim, what: str) -> int:
     raise Refused(f"the number of {what} is symbolic, {found}: how many tokens go must be a number")
 
 
-def _counted(trial: Graph, numbers: Carried, context: PassContext, width: Dim) -> int:
-    """How many rows are tokens of the image, by running that part of the graph."""
+def _counted(trial: Graph, numbers: Value, context: PassContext) -> int:
+    """How many of the numbers are those of tokens of the image, by running that part of the graph."""
     given = [as_array(item) for item in context.example_inputs or ()] or [None] * len(trial.inputs)
     feeds = {}
     for value, array in zip(trial.inputs, given, strict=True):
@@ -125,5 +141,4 @@ def _counted(trial: Graph, numbers: Carried, context: PassContext, width: Dim) -
             array = np.zeros(shape, value.dtype)
         if array is not None:
             feeds[value] = array
-    found = trial.evaluate([numbers.value], feeds)[0]
-    return int((found >= 0).sum()) // (int(width) if numbers.wide else 1)
+    return int((trial.evaluate([numbers], feeds)[0] >= 0).sum())

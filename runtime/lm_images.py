@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..passes.errors import ElisionError
+from .placeholders import numbers_of, staying
 
 VISION = "vision"
 """The vision part's file (in ONNX) or folder."""
@@ -97,11 +98,10 @@ class Pictures:
     def _placed(self, whole: np.ndarray, rows: np.ndarray, places: np.ndarray, count: int) -> Written:
         """Each image token's own id; those that were left out go, the others keep their positions."""
         facts = self.facts
-        image = np.flatnonzero(whole == facts.placeholder)
-        own = np.full(len(image), -1, np.int64)
-        own[places] = facts.first + np.arange(len(places))
-        whole[image] = own
-        kept = np.flatnonzero(whole >= 0)
+        image = whole == facts.placeholder
+        stays = staying(image, places)
+        whole[image & stays] = facts.first + np.argsort(places)
+        kept = np.flatnonzero(stays)
         return Written(
             whole[kept].tolist(), np.arange(len(kept)) if facts.compact else kept, rows, count, facts.first
         )
@@ -136,12 +136,10 @@ class Pictures:
             ]
             features, *told = self._run(part)
             made, own = np.asarray(features, np.float32).reshape(-1, facts.width), np.arange(facts.rows)
-            if told:
-                kept = told[0]
-                own = (kept + facts.rows // len(kept) * np.arange(len(kept))[:, None]).reshape(-1)
-            if len(told) > 1:  # a budget by content: slots of size 0 hold nobody
-                real = told[1].reshape(-1) > 0
-                made, own = made[real], own[real]
+            if told:  # with slots that may be empty also their sizes
+                size = told[1] if len(told) > 1 else None
+                own = numbers_of(told[0], facts.rows // len(told[0]), size)
+                made = made if size is None else made[size.reshape(-1) > 0]
             rows.append(made)
             places.append(own + number * facts.rows)
         return np.concatenate(rows), np.concatenate(places)
