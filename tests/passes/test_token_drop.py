@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from elision.passes.analysis.joins import written_join
+from elision.passes.drop_survey import followed
+from elision.passes.extract import part_that_makes
+from elision.passes.ir.fx import FxGraph
 from torch import Tensor
 
 import elision
@@ -245,6 +250,27 @@ def test_outputs_of_kept_tokens_only(name: str) -> None:
         real = ~gone[row, places]  # slots behind the kept tokens, in rows that keep fewer, are filled up
         assert places[real].tolist() == (~gone[row]).nonzero()[:, 0].tolist()
         torch.testing.assert_close(out[row, real], whole[row, places[real]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy": "cls-topk"}, {"policy": "hired", "tiles": 5, "grid": (2, 2), "alpha": 0.4}]
+)
+def test_a_vision_part_with_separators_keeps_what_the_whole_graph_keeps(options: dict) -> None:
+    name, call = "llava_next", call_of("llava_next")
+    features = followed(graph_of(name), written_join)[2].placed[0][0]
+    vision = part_that_makes(graph_of(name), [("features", features)])
+    assert isinstance(vision, FxGraph)
+    pixels = call.args[2]
+    graph, outcome = drop(vision, (pixels,), budget=0.25, outputs="kept", **options)
+    out, kept, size = graph.evaluate(graph.outputs, {graph.inputs[0]: pixels.numpy()})
+    real = size[0] > 0  # tokens of rows that are padding were chosen too, and come nowhere
+    inside = image_tokens(name, call.args)
+    left = ~gone_in(run(dropped(name, budget=0.25, **options)[0], call.args))
+    assert kept[0, real].tolist() == left[inside].nonzero()[:, 0].tolist()
+    whole = vision.evaluate(vision.outputs, {vision.inputs[0]: pixels.numpy()})[0]
+    np.testing.assert_allclose(out[0, real], whole.reshape(-1, out.shape[-1])[kept[0, real]], **CLOSE)
+    assert kept.shape == (1, 140 - 128 + 40)
+    assert "and all of the 12 separators among them" in " ".join(outcome.notes)
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -51,9 +51,7 @@ def expected(place: Path, text: str, *files: str) -> list[int]:
     pictures = [Image.open(place / name).convert("RGB") for name in files]
     given = processor(text=text, images=pictures, return_tensors="pt")
     with torch.no_grad():
-        made = model.generate(
-            **given, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        made = model.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     return made[0, given["input_ids"].shape[1] :].tolist()
 
 
@@ -76,7 +74,9 @@ def test_with_all_tokens_the_text_is_the_models_own(place: Path) -> None:
         pictures = found["pictures"]
         assert pictures.pop("vision_seconds") > 0
         assert pictures == {"images": len(files), "tokens": TOKENS * len(files), "kept": TOKENS * len(files)}
-        assert found["prefill_seconds"] > 0 and found["settings"].get("chat", False) == ("--chat" in arguments)
+        assert found["prefill_seconds"] > 0 and found["settings"].get("chat", False) == (
+            "--chat" in arguments
+        )
 
 
 def test_the_report_says_how_many_tokens_were_kept(place: Path) -> None:
@@ -90,7 +90,8 @@ def test_the_report_says_how_many_tokens_were_kept(place: Path) -> None:
     assert text.stdout == found["text"] + "\n"
     line = figures(SimpleNamespace(**found | {"prefill_seconds": 0.123, "tokens_per_second": 45.67}))
     assert re.fullmatch(
-        r"22 \+ 8 tokens, 9 of 36 image tokens, seen in \d\.\d\d s, first token after 0\.12 s, 45\.7 tokens/s", line
+        r"22 \+ 8 tokens, 9 of 36 image tokens, seen in \d\.\d\d s, first token after 0\.12 s, 45\.7 tokens/s",
+        line,
     )
     prompts = place / "prompts.jsonl"
     prompts.write_text('{"prompt": "What is this?"}\n{"prompt": "And where?"}\n')

@@ -28,10 +28,10 @@ def llava_folder(folder: Path) -> Any:
     placeholder = tokenizer.convert_tokens_to_ids(MARK)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH),
+        vision_config=hf.CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=SIDE, patch_size=PATCH),
         text_config=hf.LlamaConfig(
             **sizes,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_key_value_heads=2,
             vocab_size=264,
             max_position_embeddings=256,
