@@ -56,7 +56,9 @@ def said_of(item: Any) -> list[str] | None:
         return None
     rows = [np.ascontiguousarray(row, np.int64) for row in array]
     return [
-        str(row.tolist()) if row.size <= 16 else f"{list(row.shape)} with {sha256(row).hexdigest()[:12]}"
+        str(row.tolist())
+        if row.size <= 16
+        else f"{list(row.shape)} with {sha256(row.tobytes()).hexdigest()[:12]}"
         for row in rows
     ]
 
