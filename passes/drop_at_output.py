@@ -73,8 +73,8 @@ def _among_others(job: Job, join: Join, survey: Survey) -> None:
     empty = options.adaptive != "no" or survey.rows < survey.each * survey.images
     _put_out(job, join, write, chosen, found, [1, tokens], gone, empty=empty)
     job.outcome.notes.append(
-        f"{wanted} of {survey.rows} tokens of {survey.images} pictures are put out, and all of the "
-        f"{int(tokens) - survey.rows} separators among them"
+        f"{'at most ' if empty else ''}{wanted} of {survey.rows} tokens of {survey.images} pictures are put out, "
+        f"and all of the {int(tokens) - survey.rows} separators among them"
     )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import sympy
 
 from .analysis.joins import Join
-from .analysis.spaces import Analysis, Ends, analyse
+from .analysis.spaces import Analysis, Ends, TokenSpace, analyse
 from .base import PassContext, as_array
-from .carry import Carrier
+from .carry import OUTSIDE, Carrier
 from .drop_policies import Tower, quotient
 from .errors import Refused
 from .ir.graph import Dim, Graph, Value, product, static
@@ -21,8 +21,9 @@ from .writer import Writer
 
 @dataclass(frozen=True)
 class Survey:
-    """What the way from the tower to the text is like. `rows`: image tokens in each text; `images`: pictures in each;
-    `each`: tokens of a picture when they are ranked; `shuffled`: several of the tower's become one."""
+    """What the way from the tower to the text is like. `rows`: image tokens in each text, class tokens not counted;
+    `images`: pictures in each; `each`: tokens of a picture when they are ranked; `shuffled`: several of the tower's
+    become one."""
 
     rows: int
     images: int
@@ -41,7 +42,7 @@ def tower_of(analysis: Analysis, join: Join) -> Tower:
 
 
 def ones_at(write: Writer, analysis: Analysis, join: Join) -> Value:
-    """1 for tokens of images and -1 for others, [B, N]."""
+    """1 for tokens of images and -1 for others, class tokens too, [B, N]."""
     return _ones(write, analysis, join).at(join.value)
 
 
@@ -50,9 +51,17 @@ def _ones(write: Writer, analysis: Analysis, join: Join) -> Carrier:
 
     def numbers(ends: Ends, write: Writer) -> Value:
         length = tower.space.length - ends[0] - ends[1]
-        return write.filled(np.ones((1, 1), np.float32), "ones", [tower.rows, length])
+        first, last = _protected(tower.space, ends)
+        line = np.ones((1, length if isinstance(length, int) and first + last else 1), np.float32)
+        line[0, :first] = line[0, line.shape[1] - last :] = OUTSIDE
+        return write.filled(line, "ones", [tower.rows, length])
 
     return Carrier(write, analysis, join.source, numbers)
+
+
+def _protected(space: TokenSpace, ends: Ends) -> tuple[int, int]:
+    """How many class tokens and the like an interval of the tower's tokens begins and ends with."""
+    return max(space.prefix - ends[0], 0), max(space.suffix - ends[1], 0)
 
 
 def followed(graph: Graph, find: Callable[[Analysis], Join | None]) -> tuple[Graph, Join, Carrier]:
@@ -84,6 +93,8 @@ def look(graph: Graph, find: Callable[[Analysis], Join | None], context: PassCon
             s for v in trial.inputs for d in v.shape or () if not isinstance(d, int) for s in d.free_symbols
         }
         total = quotient(_at_most(product(features.shape), known), width)
+        if not carrier.shuffled:
+            total = total - max(sum(_protected(tower.space, ends)) for ends in carrier.begun) * tower.pictures
     images = _number(quotient(tower.pictures, batch), f"pictures in each of {batch} texts")
     rows = _number(quotient(total, batch), f"image tokens in each of {batch} texts")
     return Survey(rows, images, _ranked(tower, carrier, join), bool(carrier.shuffled))

@@ -18,6 +18,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
+ALONG = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What processors say of each token."""
+
 
 @dataclass(frozen=True)
 class Read:
@@ -132,5 +135,5 @@ class PictureReader:
     def _wanted(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All but what is said of the tokens."""
         unused = getattr(self.processor, "unused_input_names", ())
-        along = {*self.tokenizer.model_input_names, "input_ids", "mm_token_type_ids", *unused}
+        along = {*self.tokenizer.model_input_names, *ALONG, *unused}
         return {name: item for name, item in given.items() if name not in along}

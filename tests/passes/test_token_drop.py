@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +12,15 @@ from elision.passes.analysis.joins import written_join
 from elision.passes.drop_survey import followed
 from elision.passes.extract import part_that_makes
 from elision.passes.ir.fx import FxGraph
-from torch import Tensor
+from torch import Tensor, nn
 
 import elision
+from tests.zoo.export import export as export_call
 from tests.zoo.export import quiet
+from tests.zoo.model import Built
 from tests.zoo.vlm import VLMS, export
+from tests.zoo.vlm_inputs import IMAGE
+from tests.zoo.vlm_models import llava
 
 from .drop_models import (
     CLOSE,
@@ -283,6 +290,34 @@ def test_the_map_as_an_output_says_which_tokens_are_left(name: str, policy: str)
     assert torch.equal(slots < 0, gone_in(out))
     for row in slots:
         assert (row[row >= 0].diff() > 0).all()
+
+
+@pytest.mark.parametrize(
+    "policy", ["cls-topk", *(pytest.param(one, marks=pytest.mark.slow) for one in ("fastv", "uniform"))]
+)
+def test_a_class_token_that_the_text_reads_stays(policy: str) -> None:
+    call, program = class_token_and_all()
+    graph, _ = drop(FxGraph.from_export(program), call.args, policy=policy, budget=0.25)
+    out = run(graph, call.args)
+    gone, inside = gone_in(out), call.args[0] == IMAGE
+    assert gone.sum(1).tolist() == [48, 48] and not (gone & ~inside).any()
+    assert not gone[:, inside[0].nonzero()[0]].any()  # the first of the 65 is the class token
+    if policy != "fastv":
+        torch.testing.assert_close(out[~gone], hidden(call, gone)[~gone], **CLOSE)
+
+
+@cache
+def class_token_and_all() -> tuple[Built, torch.export.ExportedProgram]:
+    """LLaVA whose text reads the class token too (vision_feature_select_strategy=full)."""
+
+    def make() -> nn.Module:
+        wrapper = llava()
+        wrapper.inner.config.vision_feature_select_strategy = "full"
+        return wrapper
+
+    call = dataclasses.replace(VLMS["llava"], make=make, image_tokens=65).build(2)
+    with quiet():
+        return call, export_call(call, None)
 
 
 def test_random_is_drawn_by_the_seed() -> None:

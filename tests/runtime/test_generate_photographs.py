@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from elision.passes.errors import ElisionError
 from elision.runtime.cli import app
 from elision.runtime.generate_command import figures
 from typer.testing import CliRunner
@@ -154,3 +155,17 @@ def test_without_a_processor_for_the_whole_its_image_processor_reads_the_picture
     assert alone.ids == [whole.placeholder, whole.placeholder, *both.ids[-4:]]  # one for each picture
     assert torch.equal(alone.images["pixel_values"], both.images["pixel_values"])
     assert torch.equal(reader.example(pictures[0])["pixel_values"], both.images["pixel_values"][:1])
+
+
+def test_some_processors_put_the_placeholders_themselves(place: Path) -> None:
+    import transformers as hf
+    from elision.runtime.lm_photographs import PictureReader, open_photographs
+    from elision.runtime.lm_source import find
+
+    reader = PictureReader(find(place / "model"))
+    reader.processor = hf.Blip2Processor(reader.pixels, reader.tokenizer, num_query_tokens=4)
+    found = reader.read("Both", open_photographs([place / "one.png"]), chat=False, system=None)
+    assert found.ids == [*[reader.placeholder] * 4, *reader.tokenizer("Both")["input_ids"]]
+    assert list(found.images) == ["pixel_values"]
+    with pytest.raises(ElisionError, match="has no chat template: leave --chat away"):
+        reader.read("Both", [], chat=True, system=None)
