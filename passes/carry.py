@@ -66,6 +66,7 @@ class Carrier:
         self.shuffled: list[Value] = []  # the numbers right behind each op that made one token of several
         # When placed: (features, numbers, with others among them).
         self.placed: list[tuple[Value, Carried, bool]] = []
+        self.begun: list[Ends] = []  # the intervals of the space that numbers were made for
         self.outside = False  # rows that are no token of the space came among them
         self._found: dict[Value, Carried | None] = {}
         self._starts: dict[tuple[Ends, int], Carried] = {}
@@ -132,6 +133,7 @@ class Carrier:
         if key not in self._starts:
             assert value.shape is not None
             made = self.numbers(key[0], self.write)
+            self.begun.append(key[0])
             made = self.write.shaped("reshape", made, [*value.shape[:-1], 1])
             self._starts[key] = Carried(made, False, object())
         return self._starts[key]

@@ -6,21 +6,36 @@ from .analysis.joins import Join
 from .analysis.packed import packed_spaces
 from .analysis.spaces import Analysis, TokenSpace
 from .carry import Carrier
-from .drop_choice import choose
+from .drop_choice import Chosen, carried_flags, choose
 from .drop_job import Job
 from .drop_policies import best_tokens, quotient
-from .drop_survey import followed, tower_of
+from .drop_survey import Survey, followed, look_at_output, tower_of
 from .errors import Refused
-from .ir.graph import Value, product
+from .ir.graph import Dim, Value, product
 from .writer import Writer
 
 
 def drop_at_output(job: Job) -> None:
     """Let the output that holds a row for every token hold the kept ones only, [images, kept, C], and put out their
-    places among the tokens of an image, `elision_kept` int32 [images, kept]. Class tokens that it holds stay. With an
-    adaptive budget also `elision_size` float32 [images, kept], 0 for slots that hold nobody."""
+    places among the tokens of an image, `elision_kept` int32 [images, kept]. Class tokens that it holds stay, and so do
+    separators among the tokens (newlines of rows of tiles): with them all pictures are one image. Where slots can be
+    empty (an adaptive budget, tokens chosen that do not come out) also `elision_size` float32 [images, kept], 0 for
+    slots that hold nobody."""
+    join = output_join(job.analysis, job.options.output)
+
+    def found(analysis: Analysis) -> Join:
+        return output_join(analysis, job.options.output)
+
+    way = followed(job.graph, found)[2]
+    if way.outside:
+        _among_others(job, join, look_at_output(job.graph, found, job.context))
+    else:
+        _alone(job, join, shuffled=bool(way.shuffled))
+
+
+def _alone(job: Job, join: Join, *, shuffled: bool) -> None:
+    """Where nothing but tokens of pictures comes out."""
     graph, options = job.graph, job.options
-    join = output_join(job.analysis, options.output)
     value, tower = join.value, tower_of(job.analysis, join)
     assert value.shape is not None
     pictures, rows = tower.pictures, quotient(product(value.shape[:-1]), tower.pictures)
@@ -28,34 +43,67 @@ def drop_at_output(job: Job) -> None:
         raise Refused(
             f"%{value.name} has {rows} tokens of each of {pictures} pictures: how many stay must be a number"
         )
-    way = followed(graph, lambda analysis: output_join(analysis, options.output))[2]
-    if way.outside:
-        raise Refused(f"%{value.name} holds more than the tokens of the pictures")
-    each = rows if way.shuffled else rows - _protected(job.analysis, join.source, value)
+    each = rows if shuffled else rows - _protected(job.analysis, join.source, value)
     kept = options.kept(each)
     if kept >= each:
         job.nothing(f"{each} tokens of an image")
         return
-    chosen = choose(job, join, tower, kept, pictures, shuffled=bool(way.shuffled))
+    chosen = choose(job, join, tower, kept, pictures, shuffled=shuffled)
     write = Writer.behind(graph, [value], chosen.write.cursor)
     found = Carrier(write, job.analysis, join.source, chosen.part).at(value)
-    if way.shuffled:
+    if shuffled:
         found = best_tokens(write, write.shaped("reshape", found, [pictures, rows]), options, kept)
     images, tokens = quotient(pictures, options.tiles), rows * options.tiles
-    flags = write.shaped("reshape", found, [images, tokens])
     gone = each * options.tiles - options.kept_in(each, options.tiles)
-    _, keep, _, size, _ = write("drop_tokens", [flags], count=gone)
-    features = write.shaped("reshape", value, [images, tokens, value.shape[-1]])
+    _put_out(job, join, write, chosen, found, [images, tokens], gone, empty=options.adaptive != "no")
+    job.outcome.notes.append(f"{kept} of {each} tokens of each of {pictures} pictures are put out")
+
+
+def _among_others(job: Job, join: Join, survey: Survey) -> None:
+    """Where separators come out among them, which stay."""
+    options, value = job.options, join.value
+    assert value.shape is not None
+    wanted = options.kept_in(survey.each, survey.images)
+    gone = survey.rows - wanted
+    if gone <= 0:
+        job.nothing(f"{survey.rows} tokens of pictures")
+        return
+    chosen, found, write = carried_flags(job, join, survey)
+    tokens = product(value.shape[:-1])
+    empty = options.adaptive != "no" or survey.rows < survey.each * survey.images
+    _put_out(job, join, write, chosen, found, [1, tokens], gone, empty=empty)
+    job.outcome.notes.append(
+        f"{'at most ' if empty else ''}{wanted} of {survey.rows} tokens of {survey.images} pictures are put out, "
+        f"and all of the {int(tokens) - survey.rows} separators among them"
+    )
+
+
+def _put_out(
+    job: Job,
+    join: Join,
+    write: Writer,
+    chosen: Chosen,
+    found: Value,
+    rows: list[Dim],
+    gone: int,
+    *,
+    empty: bool,
+) -> None:
+    """Leave `gone` tokens of each image out by the flags `found`. rows: images, tokens. empty: whether a slot may hold
+    nobody."""
+    value = join.value
+    assert value.shape is not None
+    _, keep, _, size, _ = write("drop_tokens", [write.shaped("reshape", found, rows)], count=gone)
+    features = write.shaped("reshape", value, [*rows, value.shape[-1]])
     fewer = write("select_tokens", [features, keep], axis=1, rank=3, batch_axis=0)[0]
-    chosen.put_in(graph)
-    graph.replace_output(_place(job.analysis, join.source, options.output), fewer)
+    chosen.put_in(job.graph)
+    job.graph.replace_output(_place(job.analysis, join.source, job.options.output), fewer)
     job.put_out(keep)
-    if options.adaptive != "no":
-        graph.add_output(size, "elision_size")
+    if empty:
+        job.graph.add_output(size, "elision_size")
         job.outcome.notes.append(
             "elision_size is 0 for slots that hold nobody: the text's mask must hide them"
         )
-    job.outcome.notes.append(f"{kept} of {each} tokens of each of {pictures} pictures are put out")
 
 
 def output_join(analysis: Analysis, output: str = "") -> Join:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from .analysis.joins import Join
 from .analysis.spaces import Ends
+from .carry import Carrier
 from .cut_maps import WHOLE
 from .drop_features import MERGING, dominant, last_stream, merged
 from .drop_job import Job
-from .drop_policies import Tower, best_tokens, score_of
+from .drop_policies import Tower, best_tokens, rank_rows, score_of
+from .drop_survey import Survey, tower_of
 from .drop_tiles import tile_counts
 from .errors import Refused
 from .ir.graph import Dim, Graph, Op, Value
@@ -69,3 +71,18 @@ def choose(job: Job, join: Join, tower: Tower, kept: int, pictures: Dim, *, shuf
     readers = tuple(stream.users)
     flags, features = merged(write, tower, options, kept, stream, score, flags, layer)
     return Chosen(write, flags, features, readers)
+
+
+def carried_flags(job: Job, join: Join, survey: Survey) -> tuple[Chosen, Value, Writer]:
+    """Choose as `survey` says, and carry the flags to where the tokens arrive: flags [..., N] of `join.value`
+    [..., N, C], -1 for what is no token of a picture, and what inserts behind them."""
+    options = job.options
+    kept = options.kept(survey.each)
+    chosen = choose(job, join, tower_of(job.analysis, join), kept, survey.images, shuffled=survey.shuffled)
+
+    def ranked(numbers: Value, write: Writer) -> Value:
+        return rank_rows(write, numbers, survey.each, kept, options)
+
+    write = Writer.behind(job.graph, [join.value], chosen.write.cursor)
+    carrier = Carrier(write, job.analysis, join.source, chosen.part, ranked if survey.shuffled else None)
+    return chosen, carrier.at(join.value), write

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import sympy
 
+from .analysis.joins import written_join
+from .analysis.spaces import analyse
 from .base import NewSignature, Outcome, Pass, PassContext, as_array, numpy_dtype, register
 from .errors import ElisionError, NothingMatched, PipelineError, Refused, VerificationError
 from .extract import part_that_makes
@@ -72,7 +74,10 @@ class Incremental(Pass):
         names = self._names(graph)
         self._one_sequence(graph, names)
         graph.remove_dead()
-        plan, short = self._plan(graph, names)
+        try:
+            plan, short = self._plan(graph, names)
+        except Refused as refused:
+            raise _with_pictures(graph, refused) from refused
         if not plan.attentions:
             raise NothingMatched(
                 f"{self.name} found no self-attention over the tokens of %{names[0]} "
@@ -181,6 +186,17 @@ class Incremental(Pass):
                     raise Refused(
                         f"{found.op.target} (%{found.op.name}) keeps the last rows: {error}"
                     ) from error
+
+
+def _with_pictures(graph: Graph, refused: Refused) -> Refused:
+    """The same, and what comes first where tokens of pictures are written among those of the text."""
+    join = written_join(analyse(graph))
+    if join is None:
+        return refused
+    return Refused(
+        f"{refused}; {join.op.target} (%{join.op.name}) writes tokens of pictures among those of the text, whose rows "
+        "then depend on each other: image-ids comes before, and token-drop goes on the vision part that it sets apart"
+    )
 
 
 def _without_cache(graph: Graph) -> int:

@@ -38,8 +38,9 @@ class Generation:
     text: the new text, cut before a stop string. token_ids: the new ids, with the one that ended it.
     prefill_seconds: until the first new id was there; decode_seconds: from then to the last; tokens_per_second: of
     those after the first, None for fewer than two. finish: "eos", "stop", "length" or "context". settings: all that
-    decided the result. speculation: with a drafter, what it came to (see docs/speculation.md). trace: a record of each
-    round, where it was asked for."""
+    decided the result. speculation: with a drafter, what it came to (see docs/speculation.md). pictures: of a prompt
+    with images, `images`, their `tokens`, how many of those were `kept`, and the `vision_seconds` before the text was
+    begun. trace: a record of each round, where it was asked for."""
 
     text: str
     token_ids: list[int]
@@ -50,13 +51,17 @@ class Generation:
     tokens_per_second: float | None
     finish: str | None
     speculation: dict[str, Any] | None = None
+    pictures: dict[str, Any] | None = None
     settings: dict[str, Any] = field(repr=False, default_factory=dict)
     trace: list[dict[str, Any]] | None = field(repr=False, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """All but the trace; `speculation` only where there was a drafter."""
-        hidden = {"trace"} if self.speculation is not None else {"trace", "speculation"}
-        return {name: value for name, value in asdict(self).items() if name not in hidden}
+        """All but the trace; `speculation` only where there was a drafter, `pictures` where there were some."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "trace" and (value is not None or name not in ("speculation", "pictures"))
+        }
 
 
 class TextStream:
@@ -338,6 +343,7 @@ class Generator:
             tokens_per_second=None if speed is None else round(speed, 3),
             finish=one.finish,
             speculation=None if self.speculation is None else self.speculation.report(one.spent),
+            pictures=None if one.written is None else one.written.to_json(),
             settings=settings,
             trace=one.spent.trace,
         )

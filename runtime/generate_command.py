@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from .shell import working
 BITS = (4, 8, 16, 32)
 RUNTIMES = ("onnxruntime", "torch")
 CANVAS = "Masked diffusion models"
+PICTURES = "Models that read pictures"
 
 Model = Annotated[
     str,
@@ -33,14 +34,16 @@ Model = Annotated[
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of one call, checked as far as they can be without a model."""
+    """The options of one call, checked as far as they can be without a model. prompts: texts, or token ids of the
+    `texts`."""
 
-    prompts: list[str]
+    prompts: list[Any]
     single: bool
     max_new_tokens: int
     how: dict[str, Any]
     json: bool
     report: Path | None = None
+    texts: Sequence[str] = ()
 
 
 def generate(
@@ -101,6 +104,23 @@ def generate(
             "--cache-size", metavar="N", min=6, help="Keys a sequence may keep; the rest is forgotten (H2O)."
         ),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="A picture that the prompt is about; may be repeated.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = None,
+    drop: Annotated[
+        str,
+        typer.Option(
+            metavar="PASSES",
+            help='Passes that leave image tokens out: "token-drop{policy=cls-topk budget=0.2}".',
+            rich_help_panel=PICTURES,
+        ),
+    ] = "",
     policy: Annotated[
         str | None,
         typer.Option(
@@ -197,8 +217,10 @@ def generate(
         how["trace"] = True
     if canvas:
         _no_canvas({"--drafter": drafter != "none", "--draft-model": draft_model, "--cache-size": cache_size,
-                    "--stop": stop, "--repetition-penalty": repetition_penalty})  # fmt: skip
-    asked = Asked(texts, prompts is None, max_new_tokens, how, json, report)
+                    "--stop": stop, "--repetition-penalty": repetition_penalty, "--image": image})  # fmt: skip
+    if drop and not image:
+        raise ElisionError("--drop takes --image: it leaves tokens of pictures out")
+    asked = Asked(texts, prompts is None, max_new_tokens, how, json, report, texts)
     offline()
     if canvas:
         shared = {
@@ -211,11 +233,17 @@ def generate(
     from .generate import Generator
     from .h2o import H2O
 
+    seen: dict[str, Any] = {}
+    if image:
+        from .pictures_command import with_pictures
+
+        asked, seen = with_pictures(asked, model, image, drop)
     with working("reading the model", silent=json) as tell:
         generator = Generator(
             model, bits=bits, runtime=runtime, context=context, batch=batch, cache=not no_cache,
             threads=threads, drafter=drafter, draft_model=draft_model, tree=tree, mode=mode,
             h2o=None if cache_size is None else H2O(cache_size), notify=tell,
+            **seen,
         )  # fmt: skip
     write(generator, asked)
 
@@ -304,7 +332,7 @@ def _page(generator: Any, asked: Asked, result: Any) -> None:
     if asked.report is not None:
         from .generation_report import write_generation_report
 
-        write_generation_report(asked.report, generator, result, asked.prompts[0])
+        write_generation_report(asked.report, generator, result, asked.texts[0])
 
 
 def _stream(generator: Any, asked: Asked) -> Any:
@@ -321,10 +349,20 @@ def _stream(generator: Any, asked: Asked) -> Any:
         print(flush=True)
     result = pieces.result
     if sys.stderr.isatty():
-        speed = f", {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
-        first = f"first token after {result.prefill_seconds:.2f} s"
-        print(f"[{result.prompt_tokens} + {result.new_tokens} tokens, {first}{speed}]", file=sys.stderr)
+        print(f"[{figures(result)}]", file=sys.stderr)
     return result
+
+
+def figures(result: Any) -> str:
+    """What a Generation came to, in a line: tokens, those of pictures that were kept, times."""
+    said = [f"{result.prompt_tokens} + {result.new_tokens} tokens"]
+    if result.pictures is not None:
+        kept, tokens, seconds = (result.pictures[name] for name in ("kept", "tokens", "vision_seconds"))
+        said += [f"{kept} of {tokens} image tokens", f"seen in {seconds:.2f} s"]
+    said.append(f"first token after {result.prefill_seconds:.2f} s")
+    if result.tokens_per_second:
+        said.append(f"{result.tokens_per_second:.1f} tokens/s")
+    return ", ".join(said)
 
 
 def _in_order(generator: Any, asked: Asked) -> Iterator[Any]:

@@ -48,10 +48,28 @@ def plain_causal_graph(
         name: {} if value.is_floating_point() else {1: torch.export.Dim.AUTO}
         for name, value in inputs.items()
     }
-    with quietly(f"{type(model).__name__} cannot be traced by torch.export"), torch.no_grad(), _unchecked():
-        return torch.export.export(
-            _Logits(model, list(inputs), fixed).eval(), (), inputs, dynamic_shapes=lengths, strict=False
-        )
+    what = f"{type(model).__name__} cannot be traced by torch.export"
+
+    def traced(fixed: Mapping[str, Any]) -> torch.export.ExportedProgram:
+        with quietly(what), torch.no_grad(), _unchecked():
+            return torch.export.export(
+                _Logits(model, list(inputs), fixed).eval(), (), inputs, dynamic_shapes=lengths, strict=False
+            )
+
+    listed = plain_numbers(fixed)
+    if listed is not None:  # sizes that a model computes with: as tensors they would be unknown to the trace
+        with contextlib.suppress(ElisionError):
+            return traced(listed)
+    return traced(fixed)
+
+
+def plain_numbers(fixed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Whole numbers in tensors, a few for each picture, as lists of them; None where there are none."""
+    found = {
+        name: item.tolist() if isinstance(item, torch.Tensor) and item.ndim == 2 else item
+        for name, item in fixed.items()
+    }
+    return found if any(found[name] is not item for name, item in fixed.items()) else None
 
 
 def is_picture(value: Any) -> bool:
@@ -60,10 +78,10 @@ def is_picture(value: Any) -> bool:
 
 
 def pictures_of(images: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays and tensors of floats as tensors of float32, everything else as it is."""
+    """Arrays and tensors of floats as tensors of float32, other arrays as tensors, everything else as it is."""
     found: dict[str, Any] = {}
     for name, item in images.items():
-        if isinstance(item, np.ndarray) and item.dtype.kind == "f":
+        if isinstance(item, np.ndarray):
             item = torch.from_numpy(item)
         found[name] = item.to(torch.float32) if isinstance(item, torch.Tensor) and is_picture(item) else item
     return found

@@ -6,14 +6,17 @@ pass `token-drop` keeps; the step graph reads row n where a token's id is V + n 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..passes.errors import ElisionError
+from .placeholders import numbers_of, staying
 
 VISION = "vision"
 """The vision part's file (in ONNX) or folder."""
@@ -25,7 +28,8 @@ Run = Callable[[list[np.ndarray]], list[np.ndarray]]
 class ImageFacts:
     """placeholder: the id that stands for image tokens in a prompt. first: the id of row 0 (V). rows: tokens of one
     image; kept: how many of them become rows at most. width: C. shapes: of what the vision part reads for one image, by
-    name. reach: positions that the step graph has. compact: whether tokens count from 0 without those left out."""
+    name. reach: positions that the step graph has. compact: whether tokens count from 0 without those left out. fixed:
+    what else the example said of its image, as `said_of` has it: it is the same for all."""
 
     placeholder: int
     first: int
@@ -35,6 +39,7 @@ class ImageFacts:
     shapes: dict[str, list[int]]
     reach: int
     compact: bool = False
+    fixed: dict[str, list[str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,21 +49,48 @@ class ImageFacts:
         return ImageFacts(**data)
 
 
+def said_of(item: Any) -> list[str] | None:
+    """Whole numbers (sizes, grids, masks) as a text for each entry of the first axis; None for anything else."""
+    array = as_array(item)
+    if array.dtype.kind not in "iub" or not array.ndim:
+        return None
+    rows = [np.ascontiguousarray(row, np.int64) for row in array]
+    return [
+        str(row.tolist())
+        if row.size <= 16
+        else f"{list(row.shape)} with {sha256(row.tobytes()).hexdigest()[:12]}"
+        for row in rows
+    ]
+
+
+def as_array(item: Any) -> np.ndarray:
+    """A tensor, an array or lists of numbers."""
+    return item.detach().cpu().numpy() if hasattr(item, "detach") else np.asarray(item)
+
+
 @dataclass(frozen=True)
 class Written:
     """A prompt with pictures. ids: of its tokens, V + n for row n. places: int64, the position of each. rows: float32
-    [R, C]. images: how many there are. first: V."""
+    [R, C]. images: how many there are. first: V. tokens: how many image tokens there were. seconds: that the vision
+    part took."""
 
     ids: list[int]
     places: np.ndarray
     rows: np.ndarray
     images: int
     first: int
+    tokens: int
+    seconds: float = 0.0
 
     @property
     def words(self) -> list[int]:
         """The ids that are none of pictures."""
         return [token for token in self.ids if token < self.first]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a report says: how many images, how many tokens they have, and how many the text reads."""
+        counts = {"images": self.images, "tokens": self.tokens, "kept": len(self.rows)}
+        return {**counts, "vision_seconds": round(self.seconds, 6)}
 
 
 class Pictures:
@@ -91,20 +123,20 @@ class Pictures:
             for known in ids
             for token in [known] * (facts.rows if known == facts.placeholder and marks == count else 1)
         ]
+        begun = time.perf_counter()
         rows, places = self._features(given, count)
-        return self._placed(np.asarray(whole, np.int64), rows, places, count)
+        seconds = time.perf_counter() - begun
+        return replace(self._placed(np.asarray(whole, np.int64), rows, places, count), seconds=seconds)
 
     def _placed(self, whole: np.ndarray, rows: np.ndarray, places: np.ndarray, count: int) -> Written:
         """Each image token's own id; those that were left out go, the others keep their positions."""
         facts = self.facts
-        image = np.flatnonzero(whole == facts.placeholder)
-        own = np.full(len(image), -1, np.int64)
-        own[places] = facts.first + np.arange(len(places))
-        whole[image] = own
-        kept = np.flatnonzero(whole >= 0)
-        return Written(
-            whole[kept].tolist(), np.arange(len(kept)) if facts.compact else kept, rows, count, facts.first
-        )
+        image = whole == facts.placeholder
+        stays = staying(image, places)
+        whole[image & stays] = facts.first + np.argsort(places)
+        kept = np.flatnonzero(stays)
+        positions = np.arange(len(kept)) if facts.compact else kept
+        return Written(whole[kept].tolist(), positions, rows, count, facts.first, int(image.sum()))
 
     def _arrays(self, images: Mapping[str, Any]) -> dict[str, np.ndarray]:
         found, counts = {}, set()
@@ -113,9 +145,7 @@ class Pictures:
                 raise ElisionError(
                     f"images lack {name!r}; the vision part reads {', '.join(self.facts.shapes)}"
                 )
-            item = images[name]
-            array = item.detach().cpu().numpy() if hasattr(item, "detach") else np.asarray(item)
-            array = array.astype(np.float32)
+            array = as_array(images[name]).astype(np.float32)
             if array.ndim != len(shape) or list(array.shape[1:]) != shape[1:] or array.shape[0] % shape[0]:
                 raise ElisionError(
                     f"{name} {list(array.shape)} is no number of images {shape}, which was compiled for"
@@ -124,6 +154,15 @@ class Pictures:
             found[name] = array
         if len(counts) != 1 or 0 in counts:
             raise ElisionError(f"images have {' and '.join(map(str, sorted(counts)))} entries")
+        for name, known in self.facts.fixed.items():
+            told = said_of(images[name]) if name in images else None
+            wanted = known * counts.copy().pop()
+            if told is not None and told != wanted:
+                other = next((one for one, own in zip(told, wanted) if one != own), f"{len(told)} entries")
+                raise ElisionError(
+                    f"{name} of a picture is {other}, and {known[0]} of the example that was compiled for: all "
+                    "pictures have its form"
+                )
         return found
 
     def _features(self, given: Mapping[str, np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,12 +175,10 @@ class Pictures:
             ]
             features, *told = self._run(part)
             made, own = np.asarray(features, np.float32).reshape(-1, facts.width), np.arange(facts.rows)
-            if told:
-                kept = told[0]
-                own = (kept + facts.rows // len(kept) * np.arange(len(kept))[:, None]).reshape(-1)
-            if len(told) > 1:  # a budget by content: slots of size 0 hold nobody
-                real = told[1].reshape(-1) > 0
-                made, own = made[real], own[real]
+            if told:  # with slots that may be empty also their sizes
+                size = told[1] if len(told) > 1 else None
+                own = numbers_of(told[0], facts.rows // len(told[0]), size)
+                made = made if size is None else made[size.reshape(-1) > 0]
             rows.append(made)
             places.append(own + number * facts.rows)
         return np.concatenate(rows), np.concatenate(places)

@@ -46,6 +46,21 @@ def tokenizer_in(folder: Path) -> Any:
         )
 
 
+def load_processor(source: Source) -> Any:
+    """What makes ids and pixels of a prompt with pictures, from the files of a folder; its image processor alone where
+    there is no more. Raises ModelFileError."""
+    transformers = _transformers()
+    options = {"local_files_only": True, "trust_remote_code": False}
+    with _quietly(f"{source.path}: its processor cannot be read"):
+        try:
+            found = transformers.AutoProcessor.from_pretrained(str(source.folder), **options)
+        except (ValueError, KeyError, TypeError):  # no class is known for the whole
+            found = None
+        if not hasattr(found, "image_processor"):
+            found = transformers.AutoImageProcessor.from_pretrained(str(source.folder), **options)
+        return found
+
+
 def load_module(source: Source, pictures: bool = False) -> tuple[Any, list[Any]]:
     """(the model of a folder or GGUF file as an nn.Module in float32, in evaluation mode; the matrices that a GPTQ or
     AWQ folder keeps in few bits). pictures: of a folder, one that reads pictures. Raises ModelFileError."""

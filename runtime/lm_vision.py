@@ -15,7 +15,7 @@ from ..passes.ir.graph import Graph, static
 from ..passes.pipeline import parse
 from .api import quietly
 from .lm_compile import Tell, run
-from .lm_images import ImageFacts
+from .lm_images import ImageFacts, said_of
 from .table import table_for
 
 REACH = 8192
@@ -68,6 +68,7 @@ def parted(
         shapes={name: list(item.shape) for name, item in zip(names, pictures)},
         reach=capacity if compact else reach,
         compact=compact,
+        fixed={name: told for name, item in images.items() if (told := said_of(item)) is not None},
     )
     notes = [f"{one.name}: {note}" for one in [*split.passes, *done.passes] for note in one.notes]
     return Parted(split.graph, done.graph, facts, notes)
@@ -120,6 +121,10 @@ def dropping(text: str) -> list[Pass]:
     for one in parse(text) if text else []:
         if one.name == "token-drop" and "outputs" not in one.given:
             one = one.with_options(outputs="kept")
+        if one.name == "token-drop" and one.options.policy == "fastv":
+            raise ElisionError(
+                f"{one}: fastv drops inside the language model, whose layers would have caches of two lengths"
+            )
         if one.name == "token-drop" and one.options.outputs != "kept":
             raise ElisionError(
                 f"{one}: the tokens of a picture that go must be gone for the text (outputs=kept)"

@@ -39,16 +39,10 @@ def drop_placeholders(
     if not pictures or not total or total % pictures:
         raise ElisionError(f"{total} placeholders are no {pictures} pictures of one number of tokens")
     each = total // pictures
-    if rows.size and (rows.min() < 0 or rows.max() >= each):
-        raise ElisionError(f"kept says token {int(rows.max() if rows.min() >= 0 else rows.min())} of {each}")
+    numbers = numbers_of(rows, each)
     if (where.sum(1) % each).any():
         raise ElisionError(f"a text has a part of a picture of {each} tokens only")
-    left = np.zeros((pictures, each), bool)
-    np.put_along_axis(left, rows, True, 1)
-    if (left.sum(1) != rows.shape[1]).any():
-        raise ElisionError("kept says a token twice")
-    stays = ~where
-    stays[where] = left.ravel()
+    stays = staying(where, numbers)
     lengths = stays.sum(1)
     longest = int(lengths.max())
     if padding is None and (lengths != longest).any():
@@ -62,6 +56,29 @@ def drop_placeholders(
         found = np.where(beyond, np.asarray(padding, ids.dtype), found)
     places = np.where(beyond, ids.shape[1] - 1, places)
     return Shortened(like(found, input_ids), like(places, input_ids))
+
+
+def numbers_of(kept: np.ndarray, each: int, size: np.ndarray | None = None) -> np.ndarray:
+    """The numbers of kept tokens among those of all pictures, int64 [R]. kept int [pictures, K], each from 0 to
+    `each` - 1; size [pictures, K]: 0 for entries that are nobody's. Raises ElisionError for other places, and for one
+    that is said twice."""
+    if kept.size and (kept.min() < 0 or kept.max() >= each):
+        raise ElisionError(f"kept says token {int(kept.max() if kept.min() >= 0 else kept.min())} of {each}")
+    numbers = (kept.astype(np.int64) + each * np.arange(len(kept))[:, None]).reshape(-1)
+    if size is not None:
+        numbers = numbers[size.reshape(-1) > 0]
+    if len(np.unique(numbers)) != len(numbers):
+        raise ElisionError("kept says a token twice")
+    return numbers
+
+
+def staying(where: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Which tokens are left where the image tokens `where` bool [...] go, but for those of these numbers."""
+    left = np.zeros(int(where.sum()), bool)
+    left[numbers] = True
+    stays = ~where
+    stays[where] = left
+    return stays
 
 
 def _integers(given: Any, name: str) -> np.ndarray:

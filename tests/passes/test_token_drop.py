@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import cache
+
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from elision.passes.analysis.joins import written_join
+from elision.passes.drop_survey import followed
+from elision.passes.extract import part_that_makes
+from elision.passes.ir.fx import FxGraph
+from torch import Tensor, nn
 
 import elision
+from tests.zoo.export import export as export_call
 from tests.zoo.export import quiet
+from tests.zoo.model import Built
 from tests.zoo.vlm import VLMS, export
+from tests.zoo.vlm_inputs import IMAGE
+from tests.zoo.vlm_models import llava
 
 from .drop_models import (
     CLOSE,
@@ -247,6 +259,27 @@ def test_outputs_of_kept_tokens_only(name: str) -> None:
         torch.testing.assert_close(out[row, real], whole[row, places[real]], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{"policy": "cls-topk"}, {"policy": "hired", "tiles": 5, "grid": (2, 2), "alpha": 0.4}]
+)
+def test_a_vision_part_with_separators_keeps_what_the_whole_graph_keeps(options: dict) -> None:
+    name, call = "llava_next", call_of("llava_next")
+    features = followed(graph_of(name), written_join)[2].placed[0][0]
+    vision = part_that_makes(graph_of(name), [("features", features)])
+    assert isinstance(vision, FxGraph)
+    pixels = call.args[2]
+    graph, outcome = drop(vision, (pixels,), budget=0.25, outputs="kept", **options)
+    out, kept, size = graph.evaluate(graph.outputs, {graph.inputs[0]: pixels.numpy()})
+    real = size[0] > 0  # tokens of rows that are padding were chosen too, and come nowhere
+    inside = image_tokens(name, call.args)
+    left = ~gone_in(run(dropped(name, budget=0.25, **options)[0], call.args))
+    assert kept[0, real].tolist() == left[inside].nonzero()[:, 0].tolist()
+    whole = vision.evaluate(vision.outputs, {vision.inputs[0]: pixels.numpy()})[0]
+    np.testing.assert_allclose(out[0, real], whole.reshape(-1, out.shape[-1])[kept[0, real]], **CLOSE)
+    assert kept.shape == (1, 140 - 128 + 40)
+    assert "and all of the 12 separators among them" in " ".join(outcome.notes)
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("policy", ["cls-topk", "fastv"])
 def test_the_map_as_an_output_says_which_tokens_are_left(name: str, policy: str) -> None:
@@ -257,6 +290,34 @@ def test_the_map_as_an_output_says_which_tokens_are_left(name: str, policy: str)
     assert torch.equal(slots < 0, gone_in(out))
     for row in slots:
         assert (row[row >= 0].diff() > 0).all()
+
+
+@pytest.mark.parametrize(
+    "policy", ["cls-topk", *(pytest.param(one, marks=pytest.mark.slow) for one in ("fastv", "uniform"))]
+)
+def test_a_class_token_that_the_text_reads_stays(policy: str) -> None:
+    call, program = class_token_and_all()
+    graph, _ = drop(FxGraph.from_export(program), call.args, policy=policy, budget=0.25)
+    out = run(graph, call.args)
+    gone, inside = gone_in(out), call.args[0] == IMAGE
+    assert gone.sum(1).tolist() == [48, 48] and not (gone & ~inside).any()
+    assert not gone[:, inside[0].nonzero()[0]].any()  # the first of the 65 is the class token
+    if policy != "fastv":
+        torch.testing.assert_close(out[~gone], hidden(call, gone)[~gone], **CLOSE)
+
+
+@cache
+def class_token_and_all() -> tuple[Built, torch.export.ExportedProgram]:
+    """LLaVA whose text reads the class token too (vision_feature_select_strategy=full)."""
+
+    def make() -> nn.Module:
+        wrapper = llava()
+        wrapper.inner.config.vision_feature_select_strategy = "full"
+        return wrapper
+
+    call = dataclasses.replace(VLMS["llava"], make=make, image_tokens=65).build(2)
+    with quiet():
+        return call, export_call(call, None)
 
 
 def test_random_is_drawn_by_the_seed() -> None:

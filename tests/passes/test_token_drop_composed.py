@@ -5,14 +5,18 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from elision.passes import PassContext, run_pipeline
+from elision.passes.ir.fx import FxGraph
 
 import elision
 from tests.zoo.export import quiet
 from tests.zoo.vlm import VLMS, export
 
 from .drop_models import call_of, dropped, gone_in, run
+from .test_image_ids import traced
 
 NAME = "internvl"
 DROP = "token-drop{policy=cls-topk budget=0.25}"
@@ -70,7 +74,9 @@ def test_kernels_that_round_may_choose_otherwise_between_equals() -> None:
     [
         (
             f"{DROP},incremental{{capacity=96}}",
-            "have the static length 29: a graph of new rows needs a dynamic one",
+            r"the token ids %.* have the static length 29: a graph of new rows needs a dynamic one; .* writes tokens "
+            "of pictures among those of the text, whose rows then depend on each other: image-ids comes before, and "
+            "token-drop goes on the vision part",
         ),
         (
             f"token-merge{{r=4}},{DROP}",
@@ -83,3 +89,51 @@ def test_what_does_not_go_together_says_so(passes: str, message: str) -> None:
     with pytest.raises((elision.Refused, elision.NothingMatched), match=message) as error:
         chained(passes)
     assert "\n" not in str(error.value)
+
+
+def test_a_text_of_any_length_says_that_image_ids_comes_first() -> None:
+    graph = FxGraph.from_export(traced("llava")[0])
+    with pytest.raises(
+        elision.Refused, match=r"masked_scatter.* reads tokens where .* image-ids comes before"
+    ):
+        run_pipeline(graph, f"{DROP},incremental{{capacity=96}}", context=PassContext(force=True))
+
+
+@pytest.mark.parametrize("weights", ["", pytest.param("quantize{bits=8},", marks=pytest.mark.slow)])
+def test_a_cache_of_the_kept_tokens_says_what_recomputation_says(weights: str) -> None:
+    """Of one traced graph: image-ids, the vision part with fewer tokens, the text with a cache; against the whole graph
+    with fewer tokens, which computes every row again for each new token."""
+    ready, (ids, pixels) = PassContext(force=True), traced("llava")[1]
+    graph = FxGraph.from_export(traced("llava")[0])
+    fewer = f"{weights}{DROP[:-1]} outputs=kept}}"
+    whole = run_pipeline(graph, fewer, context=ready).graph
+    split = run_pipeline(graph, "image-ids", context=ready)
+    vision = run_pipeline(split.passes[0].extra["vision"], fewer, context=ready).graph
+    step = run_pipeline(split.graph, f"{weights}incremental{{capacity=64 reach=128}}", context=ready).graph
+    features, kept = vision.evaluate(vision.outputs, {vision.inputs[0]: pixels.numpy()})
+    about = split.passes[0].extra["images"]
+    words = ids.numpy()
+    short, places = elision.drop_placeholders(words, kept, about["placeholder"])
+    short[short == about["placeholder"]] = about["first"] + np.arange(kept.size)
+    caches = {
+        name: np.zeros([int(dim) for dim in value.shape or ()], np.float32)
+        for name, value in zip(step.input_names, step.inputs)
+        if "cache" in name
+    }
+    past, new, positions = 0, short[0], places[0]
+    for _ in range(4):
+        slots = past + np.arange(len(new), dtype=np.int32)
+        prefix = np.stack([np.zeros_like(slots), slots], 1)
+        feeds = {"input_ids": new[None], "position_ids": positions[None], "slots": slots, "prefix": prefix,
+                 "ancestors": slots[:, None], "image_rows": features[0], **caches}  # fmt: skip
+        found = step.evaluate(
+            step.outputs, {v: feeds[name] for name, v in zip(step.input_names, step.inputs)}
+        )
+        results = dict(zip(step.output_names, found))
+        caches = {name: results[f"{name}.out"] for name in caches}
+        scores = found[0][0, -1]
+        again = whole.evaluate(whole.outputs[:1], dict(zip(whole.inputs, (words, pixels.numpy()))))[0][0, -1]
+        np.testing.assert_allclose(scores, again, atol=2e-4, rtol=1e-3)
+        past, new, positions = past + len(new), scores.argmax(keepdims=True), positions[-1:] + 1
+        words = np.concatenate([words, new[None]], 1)
+    assert past == words.shape[1] - 1 - 48

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from elision.passes import PassContext, parse, run_pipeline
 from elision.passes.errors import ElisionError
+from elision.runtime.lm_compile import plain_graph
+from elision.runtime.lm_export import pictures_of
+from elision.runtime.lm_step import chain
+from elision.runtime.lm_vision import parted
 from torch import Tensor
 
 import elision
@@ -64,13 +70,18 @@ def expected(ids: list[int], images: dict[str, Tensor] | None) -> list[int]:
 
 @torch.no_grad()
 def recomputed(
-    found: elision.Generator, ids: list[int], images: dict[str, Tensor], compact: bool = False
+    found: elision.Generator,
+    ids: list[int],
+    images: dict[str, Any],
+    compact: bool = False,
+    whole: Any = None,
 ) -> list[int]:
     """Greedy text of the language model over the kept tokens, at the positions they had, with no cache at all."""
     assert found.pictures is not None
     written = found.pictures.written("it", ids, images)
     assert written is not None
-    model, table = module().model.language_model, module().get_input_embeddings()
+    whole = whole or module()
+    model, table = whole.model.language_model, whole.get_input_embeddings()
     tokens = torch.tensor(written.ids)
     rows = torch.from_numpy(written.rows)
     x = torch.where((tokens < 200)[:, None], table(tokens.clamp(max=199)), rows[(tokens - 200).clamp(min=0)])[
@@ -85,9 +96,27 @@ def recomputed(
         state = model(
             inputs_embeds=x, attention_mask=mask, position_ids=places[None], use_cache=False
         ).last_hidden_state
-        made.append(int(module().lm_head(state[0, -1]).argmax()))
+        made.append(int(whole.lm_head(state[0, -1]).argmax()))
         x = torch.cat([x, table(torch.tensor([[made[-1]]]))], 1)
         places = torch.cat([places, places[-1:] + 1])
+    return made
+
+
+def anew(found: elision.Generator, ids: list[int], images: dict[str, Any]) -> list[int]:
+    """Greedy text of the compiled graph itself, with its rounded weights: every token by a call over the whole text
+    into empty slots, so that nothing is read that an earlier call has left."""
+    assert found.pictures is not None
+    written = found.pictures.written("it", ids, images)
+    assert written is not None
+    made: list[int] = []
+    for _ in range(NEW):
+        for held in found.model.caches.values():  # type: ignore[attr-defined]
+            held[:] = np.nan
+        text = [*written.ids, *made]
+        behind = written.places[-1] + 1 + np.arange(len(made))
+        rows = replace(chain(0, 0, text), positions=np.concatenate([written.places, behind]))
+        found.model.show(written.rows)
+        made.append(int(found.model.step(rows, [len(text) - 1])[0].argmax()))
     return made
 
 
@@ -133,6 +162,56 @@ def test_a_compact_text_counts_without_them() -> None:
     found = generator("torch", DROP.replace("}", " positions=compact}"))
     one = found.generate(prompt(1, 1), NEW, images=picture(1), eos=[])
     assert one.token_ids == recomputed(found, prompt(1, 1), picture(1), compact=True)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "bits"),
+    [
+        ("torch", 8),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("torch", 4), ("onnxruntime", 8), ("onnxruntime", 4))
+        ),
+    ],
+)
+def test_with_weights_of_few_bits_the_text_is_that_of_recomputation(runtime: str, bits: int) -> None:
+    found = generator(runtime, DROP, bits=bits)
+    assert found.settings["bits"] == bits
+    one = found.generate(prompt(2, 2), NEW, images=picture(2, 2), eos=[])
+    assert one.token_ids == anew(found, prompt(2, 2), picture(2, 2))
+    assert one.pictures is not None and (one.pictures["tokens"], one.pictures["kept"]) == (128, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_quantized_graph_without_a_cache_says_the_same(bits: int) -> None:
+    """positions=compact, so that the plain graph, which counts from 0, reads the same text."""
+    drop = DROP.replace("}", " positions=compact}")
+    found = generator("torch", drop, bits=bits, method="rtn")
+    parts = parted_graph(drop)
+    context = PassContext(force=True, target="torch")
+    passes = f"quantize{{bits={bits} method=rtn}},lower"
+    report = run_pipeline(parts.text, parse(passes), context=context)
+    assert report.passes[0].changed
+    plain = report.graph
+    assert found.pictures is not None
+    written = found.pictures.written("it", prompt(1, 1), picture(1))
+    assert written is not None
+    made: list[int] = []
+    for _ in range(NEW):
+        ids = np.array([[*written.ids, *made]])
+        (scores,) = plain.evaluate(plain.outputs[:1], dict(zip(plain.inputs, (ids, written.rows))))
+        made.append(int(scores[0, -1].argmax()))
+    assert found.generate(prompt(1, 1), NEW, images=picture(1), eos=[]).token_ids == made
+
+
+def parted_graph(drop: str) -> Any:
+    def tell(_: str) -> None:
+        pass
+
+    images = pictures_of(picture())
+    graph, _ = plain_graph(module(), "torch", tell, images)
+    return parted(graph, module(), images, drop, 256, 512, tell)
 
 
 @pytest.mark.slow
@@ -245,3 +324,25 @@ def test_other_architectures_say_what_they_say_themselves(name: str, runtime: st
     with torch.no_grad():
         made = model.generate(input_ids=ids, attention_mask=mask, **given, **how)
     assert one.token_ids == made[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("drop", [DROP, "token-drop{policy=hired budget=0.25 tiles=5 grid=[2,2]}"])
+def test_tiles_and_the_newlines_between_their_rows(name: str, runtime: str, drop: str) -> None:
+    model, whole = VLMS[name].module().inner, VLMS[name].inputs(1)
+    images: dict[str, Any] = {"pixel_values": whole["pixel_values"], "image_sizes": torch.tensor([[24, 32]])}
+    found = elision.Generator(model, images=images, drop=drop, runtime=runtime, context=256, cache=False)
+    ids = whole["input_ids"][0].tolist()
+    one = found.generate(ids, NEW, images=images, eos=[])
+    assert one.token_ids == recomputed(found, ids, images, whole=model)
+    assert one.pictures is not None and one.pictures["tokens"] == 70
+    assert 6 + 10 < one.pictures["kept"] <= 6 + 20  # all newlines; what was chosen in padding comes nowhere
+    two = {key: torch.cat([item, item]) for key, item in images.items()}
+    twice = found.generate([*ids, *ids], 2, images=two, eos=[])
+    assert twice.pictures is not None and twice.pictures["kept"] == 2 * one.pictures["kept"]
+    with pytest.raises(
+        ElisionError, match=r"image_sizes of a picture is \[32, 24\], and \[24, 32\] of the example"
+    ):
+        found.generate(ids, 2, images={**images, "image_sizes": [[32, 24]]})
