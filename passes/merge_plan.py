@@ -91,9 +91,10 @@ def plan_space(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> 
 def _metrics(options: MergeOptions, count: int) -> list[Metric]:
     """What tells similar tokens in each of `count` blocks."""
     default: Metric = "keys" if options.where == "after" else "hidden"
-    if isinstance(options.metric, list):
-        return [*options.metric, *[default] * count][:count]
-    return [options.metric or default] * count
+    found: list[Metric] = [default] * count
+    given = options.metric if isinstance(options.metric, list) else [options.metric or default] * count
+    found[: len(given)] = given
+    return found
 
 
 SYMBOLIC = 64

@@ -1,9 +1,9 @@
 """What a search believes: how much loss and how much time every value of every coordinate brings.
 
 Both are sums over coordinates, known by a prior and by every pipeline that was measured (linear regression with a
-Gaussian prior: Bishop, "Pattern Recognition and Machine Learning", 2006, section 3.3). A proposal is the cheapest point
-by one draw from that belief (Thompson, Biometrika 1933), found by Lagrange's multiplier: every group of coordinates
-takes the value of least time + multiplier x loss.
+Gaussian prior: Bishop, "Pattern Recognition and Machine Learning", 2006, section 3.3). A proposal is the point of
+the least loss in a given time by one draw from that belief (Thompson, Biometrika 1933), found by Lagrange's multiplier:
+every group of coordinates takes the value of least loss + multiplier x time.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Features:
         return np.concatenate([first, first**2, tastes, [1.0]])
 
 
-def cheapest(
+def gentlest(
     space: Space,
     features: Features,
     loss: np.ndarray,
@@ -83,8 +83,8 @@ def cheapest(
     allowed: Sequence[Sequence[int]],
     base: Point,
 ) -> Point:
-    """The point with the least time, by weights `time`, whose loss by weights `loss` is at most `limit`; where there is
-    none, that of the least loss. `allowed`: the values that each coordinate may take; coordinates without a group
+    """The point with the least loss, by weights `loss`, whose time by weights `time` is at most `limit`; where there is
+    none, that of the least time. `allowed`: the values that each coordinate may take; coordinates without a group
     stay as in `base`.
 
     Sums are separable by groups, so that one multiplier solves them all up to rounding."""
@@ -102,13 +102,13 @@ def cheapest(
         matrix = np.stack(rows) - features(bare)
         tables.append((group, combinations, matrix @ loss, matrix @ time))
     still = features([0 if c.knob.ordered else v for c, v in zip(space.coordinates, base)])
-    room = limit - float(still @ loss)
+    room = limit - float(still @ time)
 
     def solve(multiplier: float) -> tuple[Point, float]:
         point, total = list(base), 0.0
         for group, combinations, losses, times in tables:
-            best = int(np.argmin(times + multiplier * losses))
-            total += float(losses[best])
+            best = int(np.argmin(losses + multiplier * times))
+            total += float(times[best])
             for i, value in zip(group, combinations[best]):
                 point[i] = value
         return tuple(point), total

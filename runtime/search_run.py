@@ -1,13 +1,14 @@
 """The search itself: constants first, then schedules proposed by a model of loss and time, raced on measured time.
 
 1. Constants: for every choice of the other options the largest constant that keeps the bound, by bisection. The fastest
-   of these is the first champion.
+   of these that keeps it on the held-out calls too is the first champion. What constants lose there relative to here
+   says how much less than the bound allows a schedule may lose here; nothing else of those calls is used before 4.
 2. Screening: points around it in which every value is moved up or down at random, each with its mirror image, so that
    every pair tells something about all coordinates at once.
 3. Proposals: see `search_model`. The square root of the loss is taken as the sum, since errors of merged tokens point
    the same way more often than not. A proposal that keeps the bound and may be faster races the champion.
-4. Judging, on calls that none of this saw: of those that keep the bound on the search's calls the fastest that keeps it
-   there too is chosen; so is the best constant. Both race, and the front is measured.
+4. Judging, on the held-out calls: of those that keep the bound on the search's calls the fastest that keeps it there
+   too is chosen; so is the best constant. Both race, and the front is measured.
 """
 
 from __future__ import annotations
@@ -22,15 +23,24 @@ import numpy as np
 from ..passes.errors import ElisionError
 from .search_bench import Built, Race, Stopwatch, Workbench
 from .search_data import Call, Goal, Outputs
-from .search_model import Belief, Features, cheapest
+from .search_model import Belief, Features, gentlest
 from .search_space import Line, Point, Space
 
 CONSTANTS, SEARCH = 0.35, 0.75
 """Until when, as shares of the time, constants are scanned and proposals made. What is left is for judging."""
 
+ASKED = 5
+"""So many constants, at most, are asked what they lose on held-out calls where none keeps the bound there."""
+
 SCREENED = 8
-SIDE_AIMS = (0.5, 0.75, 1.4)
-"""Other amounts of loss (its root, relative to the bound) that now and then are aimed at, for the front."""
+STEPS = 0.004, 0.04
+"""How much less time than the champion's a proposal aims at, least and most."""
+
+ASIDE = 6
+"""One proposal in so many aims at quite another time, for the front."""
+
+SPREADS = 0.0, 0.5, 1.0
+"""How widely weights are drawn, in turn; 0: the likeliest."""
 
 FRONT = 6
 """So many points of the front, at most, are measured that the search itself did not measure."""
@@ -106,6 +116,8 @@ class Search:
         self.reference = [built.run(call) for call in self.calls]
         self.perfect = float(np.mean(self.goal(self.reference, self.reference)))
         self._held_reference: list[Outputs] | None = None
+        # The most loss that a schedule may have on the search's calls.
+        self.allowed = max(self.goal.loss(self.goal.bound, self.perfect), 1e-12)
         self.original = Trial(
             "", self.space.start, "original", self.perfect, built.cost, built.flops, built.tokens, True, 1.0
         )
@@ -160,21 +172,46 @@ class Search:
 
     # ---- 1. constants ----------------------------------------------------------------------------------
     def constants(self) -> Trial:
-        """The first champion: the fastest constant that keeps the bound, else the original."""
+        """The first champion: the fastest constant that keeps the bound on the held-out calls too, else the gentlest.
+
+        What constants lose on the held-out calls relative to the search's says how much schedules may lose here."""
         self.tell("scanning constants")
         guess = None
         for line in self.space.lines():
             guess = self.scan(line, guess)
             if self.over(CONSTANTS):
                 break
-        found = sorted((t for t in self.trials.values() if t.kept), key=lambda t: t.cost)
-        champion = self.original
-        for trial in found[:3]:
-            if trial is self.original or trial.cost > 1.05 * found[0].cost:
+        found = sorted(
+            (t for t in self.trials.values() if t.kind == "constant" and t.kept), key=lambda t: t.cost
+        )
+        if not found:
+            return self.original
+        worse, champion = [1.0], None
+        for trial in found:
+            if champion is not None and trial.cost > 1.02 * champion.cost:
+                break
+            here, there = self.loss(trial.quality), self.loss(self.held_quality(trial))
+            if here > 0:
+                worse.append(there / here)
+            if not self.goal.kept(self.held_quality(trial)):
+                if len(worse) > ASKED:
+                    break
                 continue
-            if self.race(trial, champion).ratio < 1:
-                champion = trial
+            race = self.race(trial, champion or self.original)
+            champion = trial if champion is None or race.ratio < 1 else champion
+        if len(worse) > 1:
+            self.allowed /= min(max(float(np.median(worse[1:])), 1.0), 4.0)
+        if champion is None:
+            champion = min(found, key=lambda t: self.loss(t.quality))
+            self.race(champion, self.original)
         return champion
+
+    def loss(self, quality: float) -> float:
+        return self.goal.loss(quality, self.perfect)
+
+    def good(self, trial: Trial) -> bool:
+        """Whether a trial keeps the bound with what it may lose on other calls."""
+        return trial.kept and self.loss(trial.quality) <= self.allowed * (1 + 1e-9)
 
     def scan(self, line: Line, guess: int | None) -> int | None:
         """Bisect one line; the largest value that keeps the bound, None where none does."""
@@ -203,11 +240,11 @@ class Search:
         beliefs = Beliefs(self, centre)
         for trial in list(self.trials.values()):
             beliefs.observe(trial, champion)
-        count = 0
-        shy, misses = 0.0, 0
+        count = misses = 0
+        step = 0.02
         signs, tastes = np.ones(len(centre)), np.ones(len(centre))
         while not self.over(SEARCH):
-            aim = 1.0
+            aside = False
             if count < SCREENED:
                 self.tell(f"screening {count + 1} of {SCREENED}")
                 if count % 2 == 0:
@@ -216,8 +253,9 @@ class Search:
                 point = self._moved(centre, signs if count % 2 == 0 else -signs, tastes)
             else:
                 self.tell(f"proposal {count + 1 - SCREENED}: {len(self.trials)} tried")
-                aim = float(self.generator.choice(SIDE_AIMS)) if count % 5 == 4 else 1.0
-                point = beliefs.propose(champion.point, aim * (1 - shy), 0.0 if count % 3 == 0 else 1.0)
+                aside = count % ASIDE == ASIDE - 1
+                less = float(self.generator.uniform(-0.3, 0.1)) if aside else step
+                point = beliefs.propose(champion.point, less, SPREADS[count % len(SPREADS)])
             count += 1
             before = len(self.trials)
             trial = self.try_point(point)
@@ -228,15 +266,15 @@ class Search:
                 trial = self.try_point(self._moved(champion.point, None, self.generator.random(len(centre))))
                 if trial is None:
                     continue
-            if count > SCREENED and aim == 1.0:
-                shy = min(max(shy + (-0.005 if trial.kept else 0.01), -0.1), 0.2)
+            if count > SCREENED and not aside:
+                step = min(max(step * (1.3 if self.good(trial) else 0.85), STEPS[0]), STEPS[1])
             champion = self._challenge(trial, champion)
             beliefs.observe(trial, champion)
         return champion
 
     def _challenge(self, trial: Trial, champion: Trial) -> Trial:
         """The faster of the two, if the trial keeps the bound and could be it at all."""
-        if not trial.kept or trial is champion or trial.ratio is not None:
+        if not self.good(trial) or trial is champion or trial.ratio is not None:
             return champion
         if trial.cost > 1.01 * champion.cost:
             return champion
@@ -269,7 +307,8 @@ class Search:
         kept = [t for t in self.trials.values() if t.kept and t is not self.original]
         if not kept:
             raise ElisionError(self._nothing("on the data"))
-        order = sorted(kept, key=lambda t: self._expected(t, champion))
+        # Those that lose more than is allowed here are asked last: they would keep the bound there by luck.
+        order = sorted(kept, key=lambda t: (not self.good(t), self._expected(t, champion)))
         chosen, count = self._confirmed(order)
         constant, _ = self._confirmed([t for t in order if t.kind == "constant"])
         if chosen is None:
@@ -349,12 +388,12 @@ class Beliefs:
         self.search, space = search, search.space
         self.space = space
         self.features = Features(space, centre)
-        self.limit = math.sqrt(max(search.goal.loss(search.goal.bound, search.perfect), 1e-12))
+        self.limit = math.sqrt(search.allowed)
         n = len(self.features.ordered)
         taste = len(self.features.tastes)
         share = self.limit / n
         wide = [space.coordinates[i].place is None for i, _, _ in self.features.tastes]
-        tastes = np.where(wide, 0.15 * self.limit, 0.5 * share)
+        tastes = np.where(wide, 0.15 * self.limit, 0.3 * share)
         zero = np.zeros(1)
         self.loss = Belief(
             np.concatenate([np.full(n, 0.8 * share), np.full(n, 0.2 * share), np.zeros(taste), zero]),
@@ -394,30 +433,32 @@ class Beliefs:
         if trial is search.original:
             return
         features = self.features(trial.point)
-        root = math.sqrt(search.goal.loss(trial.quality, search.perfect))
+        root = math.sqrt(search.loss(trial.quality))
         # Far from the bound a sum of roots is no longer what happens.
         distance = abs(root / self.limit - 1.0)
         self.loss.observe(features, root, 1.0 / (1.0 + 4.0 * distance**2))
         expected = search._expected(trial, champion)
         self.time.observe(features, expected - 1.0, 1.0 if trial.ratio is not None else 0.25)
 
-    def propose(self, around: Point, aim: float, spread: float) -> Point:
-        """The cheapest point by one draw from the beliefs, within reach of `around`, over all tastes of the whole."""
+    def propose(self, around: Point, less: float, spread: float) -> Point:
+        """The point of the least loss by one draw from the beliefs, within reach of `around` and over all tastes of the
+        whole, in a time that is less than that of `around` by the share `less`."""
         generator = self.search.generator
         loss, time = self.loss.draw(generator, spread), self.time.draw(generator, spread / 2)
+        limit = (1 - less) * (1 + float(self.features(around) @ time)) - 1  # beliefs are about time less 1
         allowed: list[Sequence[int]] = []
         for i, c in enumerate(self.space.coordinates):
             if c.knob.ordered and c.last > 8:
-                reach = max(2, math.ceil(0.4 * self.features.scale[i]))
+                reach = max(2, math.ceil((0.3 + 2 * abs(less)) * self.features.scale[i]))
                 allowed.append(range(max(0, around[i] - reach), min(c.last, around[i] + reach) + 1))
             else:
                 allowed.append(range(c.last + 1))
         best: tuple[float, Point] | None = None
         for base in self._tastes(around):
-            point = cheapest(self.space, self.features, loss, time, aim * self.limit, allowed, base)
-            cost = float(self.features(point) @ time)
-            if best is None or cost < best[0]:
-                best = cost, point
+            point = gentlest(self.space, self.features, loss, time, limit, allowed, base)
+            lost = float(self.features(point) @ loss)
+            if best is None or lost < best[0]:
+                best = lost, point
         assert best is not None
         return best[1]
 

@@ -159,7 +159,7 @@ def test_what_does_not_hold_on_held_out_calls_is_not_chosen():
     _, free = searched(problem, 0.98)
     _, judged = searched(problem, 0.98, shift=0.01)
     assert judged.chosen.held_out >= 0.98 and judged.chosen.quality >= 0.99
-    assert judged.chosen.cost > free.chosen.cost and judged.judged > 1
+    assert judged.chosen.cost > free.chosen.cost
     with pytest.raises(ElisionError, match=r"no pipeline keeps .* on the data that was held out: the best"):
         searched(problem, 0.98, shift=0.5)
 
