@@ -18,6 +18,7 @@ from photographs import focus_model, photographs, prepared
 
 BOUND = 0.985
 SECONDS = 300.0
+PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "tune_front.png"
 CROP = 0.6
 """The side of a crop, relative to the shorter side of its photograph."""
 
@@ -54,6 +55,8 @@ def run(quick: bool = False) -> dict[str, Any]:
         notify=lambda step: print(f"\r{step:60}", end="", file=sys.stderr, flush=True),
     )
     assert found.constant is not None, "no constant r keeps the bound"
+    if not quick:
+        found.plot(PICTURE)
     texts = {"constant": found.constant.text, "schedule": found.pipeline}
     models = {side: elision.optimize(path, text, (searched[:4],)).model for side, text in texts.items()}
     feeds = {name: searched[:4]}

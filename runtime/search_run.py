@@ -2,7 +2,7 @@
 
 1. Constants: for every choice of the other options the largest constant that keeps the bound, by bisection. The fastest
    of these that keeps it on the held-out calls too is the first champion. What constants lose there relative to here
-   says how much less than the bound allows a schedule may lose here; nothing else of those calls is used before 4.
+   says how much less than the bound allows may be lost here; nothing else of those calls is used before 4.
 2. Screening: points around it in which every value is moved up or down at random, each with its mirror image, so that
    every pair tells something about all coordinates at once.
 3. Proposals: see `search_model`. The square root of the loss is taken as the sum, since errors of merged tokens point
@@ -176,34 +176,42 @@ class Search:
 
         What constants lose on the held-out calls relative to the search's says how much schedules may lose here."""
         self.tell("scanning constants")
+        self._scan_all(lambda t: t.kept, 0.6 * CONSTANTS)
+        champion = self._confirmed_constant(list(self.trials.values()))
+        ratios = [
+            self.loss(t.held_out) / self.loss(t.quality)
+            for t in self.trials.values()
+            if t.held_out is not None and self.loss(t.quality) > 0
+        ]
+        if ratios:
+            self.allowed /= min(max(float(np.median(ratios)), 1.0), 4.0)
+        # Once more, for those that the first scan stepped over.
+        self._scan_all(self.good, CONSTANTS)
+        champion = self._confirmed_constant([t for t in self.trials.values() if self.good(t)]) or champion
+        if champion is None:
+            kept = [t for t in self.trials.values() if t.kept]
+            champion = min(kept, key=lambda t: (t is self.original, self.loss(t.quality)))
+            self.race(champion, self.original)
+        return champion
+
+    def _scan_all(self, keeps: Callable[[Trial], bool], share: float) -> None:
         guess = None
         for line in self.space.lines():
-            guess = self.scan(line, guess)
-            if self.over(CONSTANTS):
+            guess = self.scan(line, guess, keeps, share)
+            if self.over(share):
                 break
-        found = sorted(
-            (t for t in self.trials.values() if t.kind == "constant" and t.kept), key=lambda t: t.cost
-        )
-        if not found:
-            return self.original
-        worse, champion = [1.0], None
-        for trial in found:
-            if champion is not None and trial.cost > 1.02 * champion.cost:
+
+    def _confirmed_constant(self, among: Sequence[Trial]) -> Trial | None:
+        """The fastest constant that keeps the bound on the held-out calls too; of those about as dear a race tells."""
+        champion, asked = None, 0
+        for trial in sorted((t for t in among if t.kind == "constant" and t.kept), key=lambda t: t.cost):
+            if (champion is not None and trial.cost > 1.02 * champion.cost) or asked == ASKED:
                 break
-            here, there = self.loss(trial.quality), self.loss(self.held_quality(trial))
-            if here > 0:
-                worse.append(there / here)
             if not self.goal.kept(self.held_quality(trial)):
-                if len(worse) > ASKED:
-                    break
+                asked += champion is None
                 continue
             race = self.race(trial, champion or self.original)
             champion = trial if champion is None or race.ratio < 1 else champion
-        if len(worse) > 1:
-            self.allowed /= min(max(float(np.median(worse[1:])), 1.0), 4.0)
-        if champion is None:
-            champion = min(found, key=lambda t: self.loss(t.quality))
-            self.race(champion, self.original)
         return champion
 
     def loss(self, quality: float) -> float:
@@ -213,13 +221,13 @@ class Search:
         """Whether a trial keeps the bound with what it may lose on other calls."""
         return trial.kept and self.loss(trial.quality) <= self.allowed * (1 + 1e-9)
 
-    def scan(self, line: Line, guess: int | None) -> int | None:
-        """Bisect one line; the largest value that keeps the bound, None where none does."""
+    def scan(self, line: Line, guess: int | None, keeps: Callable[[Trial], bool], share: float) -> int | None:
+        """Bisect one line; the largest value that `keeps`, None where none does."""
         low, high = -1, line.last + 1
         middle = min(max(1, line.last // 8) if guess is None else guess, line.last)
-        while high - low > 1 and not self.over(CONSTANTS):
+        while high - low > 1 and not self.over(share):
             trial = self.try_point(line.at(middle))
-            if trial is not None and trial.kept:
+            if trial is not None and keeps(trial):
                 low = middle
             else:
                 high = middle
@@ -228,9 +236,9 @@ class Search:
             middle = near if near is not None and low < near < high else (low + high) // 2
         # Quality does not fall evenly: what is just beyond may keep the bound all the same.
         for value in (low + 2, low + 3):
-            if low >= 0 and value <= line.last and not self.over(CONSTANTS):
+            if low >= 0 and value <= line.last and not self.over(share):
                 trial = self.try_point(line.at(value))
-                low = value if trial is not None and trial.kept else low
+                low = value if trial is not None and keeps(trial) else low
         return low if low >= 0 else guess
 
     # ---- 2 and 3. schedules ----------------------------------------------------------------------------
