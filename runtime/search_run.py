@@ -6,7 +6,8 @@
 2. Screening: points around it in which every value is moved up or down at random, each with its mirror image, so that
    every pair tells something about all coordinates at once.
 3. Proposals: see `search_model`. The square root of the loss is taken as the sum, since errors of merged tokens point
-   the same way more often than not. A proposal that keeps the bound and may be faster races the champion.
+   the same way more often than not; averaged over the calls, so that the hardest ones do not outweigh all others. A
+   proposal that keeps the bound and may be faster races the champion.
 4. Judging, on the held-out calls: of those that keep the bound on the search's calls the fastest that keeps it there
    too is chosen; so is the best constant. Both race, and the front is measured.
 """
@@ -52,7 +53,8 @@ Tell = Callable[[str], None]
 class Trial:
     """A pipeline that was tried. quality: on the search's calls; `held_out`: on the others, None where it was not run.
 
-    ratio: its time over the original's, with a 90 % interval, None where it was not measured."""
+    ratio: its time over the original's, with a 90 % interval, None where it was not measured. root: of the loss of a
+    call, averaged; a few hard calls weigh less in it than in the quality."""
 
     text: str
     point: Point
@@ -66,6 +68,7 @@ class Trial:
     low: float | None = None
     high: float | None = None
     held_out: float | None = None
+    root: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -144,18 +147,21 @@ class Search:
                 return self.trials[text]
             passes = self.space.passes(point)
             built = self.bench.build(text, passes)
-            quality = self._quality(built, self.calls, self.reference)
+            values = self._values(built, self.calls, self.reference)
         except ElisionError as error:
             self.refusals[point] = str(error)
             return None
         kind = "constant" if self.space.is_constant(point) else "schedule"
-        kept = self.goal.kept(quality)
-        trial = Trial(text, point, kind, quality, built.cost, built.flops, built.tokens, kept)
+        quality = float(np.mean(values))
+        trial = Trial(
+            text, point, kind, quality, built.cost, built.flops, built.tokens, self.goal.kept(quality)
+        )
+        trial.root = float(np.mean([math.sqrt(min(self.loss(value), 1e6)) for value in values]))
         self.trials[text] = trial
         return trial
 
-    def _quality(self, built: Built, calls: Sequence[Call], reference: list[Outputs]) -> float:
-        return float(np.mean(self.goal(reference, [built.run(call) for call in calls])))
+    def _values(self, built: Built, calls: Sequence[Call], reference: list[Outputs]) -> list[float]:
+        return self.goal(reference, [built.run(call) for call in calls])
 
     def built(self, trial: Trial) -> Built:
         if trial is self.original:
@@ -245,7 +251,7 @@ class Search:
     def schedules(self, champion: Trial) -> Trial:
         """The champion after screening and proposals."""
         centre = champion.point if any(champion.point) else self._middle()
-        beliefs = Beliefs(self, centre)
+        beliefs = Beliefs(self, centre, champion.root)
         for trial in list(self.trials.values()):
             beliefs.observe(trial, champion)
         count = misses = 0
@@ -357,7 +363,8 @@ class Search:
             if self._held_reference is None:
                 original = self.bench.original()
                 self._held_reference = [original.run(call) for call in self.held_out]
-            trial.held_out = self._quality(self.built(trial), self.held_out, self._held_reference)
+            values = self._values(self.built(trial), self.held_out, self._held_reference)
+            trial.held_out = float(np.mean(values))
         return trial.held_out
 
     def _measure(self, first: Sequence[Trial]) -> None:
@@ -392,11 +399,11 @@ class Search:
 class Beliefs:
     """What loss and time are believed to be, for one search."""
 
-    def __init__(self, search: Search, centre: Point) -> None:
+    def __init__(self, search: Search, centre: Point, centre_root: float) -> None:
         self.search, space = search, search.space
         self.space = space
         self.features = Features(space, centre)
-        self.limit = math.sqrt(search.allowed)
+        self.limit = centre_root or math.sqrt(search.allowed)
         n = len(self.features.ordered)
         taste = len(self.features.tastes)
         share = self.limit / n
@@ -441,7 +448,7 @@ class Beliefs:
         if trial is search.original:
             return
         features = self.features(trial.point)
-        root = math.sqrt(search.loss(trial.quality))
+        root = trial.root
         # Far from the bound a sum of roots is no longer what happens.
         distance = abs(root / self.limit - 1.0)
         self.loss.observe(features, root, 1.0 / (1.0 + 4.0 * distance**2))
