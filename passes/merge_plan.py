@@ -91,10 +91,11 @@ def plan_space(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> 
 def _metrics(options: MergeOptions, count: int) -> list[Metric]:
     """What tells similar tokens in each of `count` blocks."""
     default: Metric = "keys" if options.where == "after" else "hidden"
-    found: list[Metric] = [default] * count
-    given = options.metric if isinstance(options.metric, list) else [options.metric or default] * count
-    found[: len(given)] = given
-    return found
+    if options.metric is None or isinstance(options.metric, str):
+        every: Metric = options.metric or default
+        return [every for _ in range(count)]
+    given = options.metric
+    return [given[i] if i < len(given) else default for i in range(count)]
 
 
 SYMBOLIC = 64

@@ -27,8 +27,9 @@ from .search_data import Call, Goal, Outputs
 from .search_model import Belief, Features, gentlest
 from .search_space import Line, Point, Space
 
-CONSTANTS, SEARCH = 0.35, 0.75
-"""Until when, as shares of the time, constants are scanned and proposals made. What is left is for judging."""
+CONSTANTS, SEARCH, JUDGED = 0.35, 0.75, 0.9
+"""Until when, as shares of the time, constants are scanned, proposals made, and held-out calls asked. What is left is
+for the races at the end."""
 
 ASKED = 5
 """So many constants, at most, are asked what they lose on held-out calls where none keeps the bound there."""
@@ -352,11 +353,16 @@ class Search:
         return trial.ratio or (champion.ratio or 1.0) * trial.cost / champion.cost
 
     def _confirmed(self, order: Sequence[Trial]) -> tuple[Trial | None, int]:
-        """The first that keeps the bound on the held-out calls, and how many were asked for that."""
-        for count, trial in enumerate(order):
+        """The first that keeps the bound on the held-out calls, and how many were asked for that. When time is over
+        only those are taken of which it is known, and a few others."""
+        asked = 0
+        for trial in order:
+            if trial.held_out is None and asked >= ASKED and self.watch.now() > self.until(JUDGED):
+                continue
+            asked += 1
             if self.goal.kept(self.held_quality(trial)):
-                return trial, count + 1
-        return None, len(order)
+                return trial, asked
+        return None, asked
 
     def held_quality(self, trial: Trial) -> float:
         if trial.held_out is None:

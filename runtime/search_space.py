@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ..passes.base import Pass
-from ..passes.errors import ElisionError, NothingMatched, Refused
+from ..passes.errors import NothingMatched, Refused
 from ..passes.ir.graph import Graph
 from ..passes.pipeline import Passes, format
 from ..passes.tunable import Knob, sketches
@@ -151,13 +151,3 @@ class Space:
     def tastes(self) -> list[int]:
         """Coordinates without an order and without a place: they touch everything at once."""
         return [i for i, c in enumerate(self.coordinates) if not c.knob.ordered and c.place is None]
-
-
-def refused(error: Exception) -> bool:
-    """Whether an error says no more than that one pipeline is none for this graph."""
-    return isinstance(error, ElisionError)
-
-
-def changed(a: Sequence[int], b: Sequence[int]) -> int:
-    """In how many coordinates two points differ."""
-    return sum(x != y for x, y in zip(a, b))
