@@ -31,6 +31,9 @@ CONSTANTS, SEARCH, JUDGED = 0.35, 0.75, 0.9
 """Until when, as shares of the time, constants are scanned, proposals made, and held-out calls asked. What is left is
 for the races at the end."""
 
+LEAST = 6
+"""So many pipelines are tried even where time is short: fewer tell nothing."""
+
 ASKED = 5
 """So many constants, at most, are asked what they lose on held-out calls where none keeps the bound there."""
 
@@ -134,7 +137,7 @@ class Search:
         return self.started + share * self.seconds
 
     def over(self, share: float) -> bool:
-        used = self.watch.now() > self.until(share)
+        used = self.watch.now() > self.until(share) and len(self.trials) > LEAST
         return used or (self.tries is not None and len(self.trials) - 1 >= self.tries * share / SEARCH)
 
     def try_point(self, point: Point) -> Trial | None:

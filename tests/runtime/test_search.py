@@ -365,7 +365,7 @@ def test_the_command(exported, tmp_path):
         "--batch",
         2,
         "--tries",
-        8,
+        6,
     ]
     files = [tmp_path / each for each in ("out.onnx", "pipeline.txt", "front.svg")]
     options = ["-o", files[0], "--pipeline", files[1], "--plot", files[2], "--threads", 1]
