@@ -51,7 +51,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         at_least=BOUND,
         batch=4,
         passes="token-merge",
-        seconds=40.0 if quick else SECONDS,
+        seconds=60.0 if quick else SECONDS,
         notify=lambda step: print(f"\r{step:60}", end="", file=sys.stderr, flush=True),
     )
     assert found.constant is not None, "no constant r keeps the bound"

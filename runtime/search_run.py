@@ -31,7 +31,7 @@ CONSTANTS, SEARCH, JUDGED = 0.35, 0.75, 0.9
 """Until when, as shares of the time, constants are scanned, proposals made, and held-out calls asked. What is left is
 for the races at the end."""
 
-LEAST = 6
+LEAST = 12
 """So many pipelines are tried even where time is short: fewer tell nothing."""
 
 ASKED = 5
