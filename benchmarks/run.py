@@ -16,7 +16,16 @@ import families
 import pictures
 from harness import RESULTS, keep, machine
 
-MODELS = ("vit_cpu", "focus", "match_share", "compile_share", "analysis_speed", "linear_nbits", "eight_bits")
+MODELS = (
+    "vit_cpu",
+    "focus",
+    "tune_focus",
+    "match_share",
+    "compile_share",
+    "analysis_speed",
+    "linear_nbits",
+    "eight_bits",
+)
 LANGUAGE = (
     "decode",
     "verify_cost",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .passes.gate_control import GateController
     from .passes.ir.graph import Graph
     from .passes.pipeline import format, parse
+    from .passes.tunable import Knob
     from .runtime.api import Result, export_onnx, optimize
     from .runtime.diffusion import DiffusionGeneration, DiffusionGenerator
     from .runtime.generate import Generation, Generator
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .runtime.mlir import export_mlir
     from .runtime.parts import PartsResult, optimize_parts
     from .runtime.placeholders import drop_placeholders
+    from .runtime.search import TuneResult, tune
     from .runtime.segments import count_units, identifiers, segments_of, slots_of, words
     from .runtime.session import session
     from .runtime.vocabulary import DynamicBatch, DynamicVocabulary
@@ -53,6 +55,8 @@ _HOMES: dict[str, tuple[str, str]] = {
     "DiffusionGenerator": (".runtime.diffusion", "DiffusionGenerator"),
     "DiffusionGeneration": (".runtime.diffusion", "DiffusionGeneration"),
     "session": (".runtime.session", "session"),
+    "tune": (".runtime.search", "tune"),
+    "TuneResult": (".runtime.search", "TuneResult"),
     "DynamicVocabulary": (".runtime.vocabulary", "DynamicVocabulary"),
     "DynamicBatch": (".runtime.vocabulary", "DynamicBatch"),
     "MergeList": (".runtime.vocabulary_merges", "MergeList"),
@@ -80,6 +84,7 @@ _HOMES: dict[str, tuple[str, str]] = {
     "parse": (".passes.pipeline", "parse"),
     "format": (".passes.pipeline", "format"),
     "Graph": (".passes.ir.graph", "Graph"),
+    "Knob": (".passes.tunable", "Knob"),
     "GateController": (".passes.gate_control", "GateController"),
     "testing": (".testing", ""),
 }
@@ -96,6 +101,7 @@ __all__ = [
     "Generation",
     "Generator",
     "Graph",
+    "Knob",
     "MergeList",
     "ModelFileError",
     "NoOptions",
@@ -109,6 +115,7 @@ __all__ = [
     "Refused",
     "Result",
     "TrainedPredictor",
+    "TuneResult",
     "VerificationError",
     "__version__",
     "compile_iree",
@@ -128,6 +135,7 @@ __all__ = [
     "session",
     "slots_of",
     "testing",
+    "tune",
     "words",
 ]
 

@@ -21,6 +21,7 @@ from .options import format_value, make_options
 
 if TYPE_CHECKING:
     from .parts import Parts, PartsPlan
+    from .tunable import Knob
 
 # Modules of this package whose import registers passes; read on the first look-up so that
 # `import elision.passes` stays light. A new pass is one row.
@@ -188,6 +189,13 @@ class Pass(abc.ABC):
         """The same pass with other options, given as if they stood in its text."""
         given = {name: getattr(self.options, name) for name in self.given}
         return type(self)(**{**given, **changes})
+
+    @classmethod
+    def tunable(cls, graph: Graph, given: Mapping[str, Any]) -> list[Knob]:
+        """The options that a search may set on `graph`, where those in `given` are said; none by default.
+
+        Raises Refused or NothingMatched where the pass does not apply."""
+        return []
 
     @abc.abstractmethod
     def run(self, graph: Graph, context: PassContext) -> Outcome:

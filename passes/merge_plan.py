@@ -13,29 +13,29 @@ from .errors import Refused
 from .ir.graph import Op, Value
 
 if TYPE_CHECKING:
-    from .token_merge import MergeOptions
+    from .token_merge import MergeOptions, Metric
 
 
 @dataclass(eq=False)
 class Cut:
-    """Merge `value` right after `op`, with similarity on `features` or on the keys of `attention`."""
+    """Merge `value` right after `op`, with similarity on the keys of `attention` (`keys`) or on `features`."""
 
     op: Op
     value: Value
     attention: Op
     features: Value
     r: int
+    keys: bool
 
 
 @dataclass(eq=False)
 class Plan:
-    """All cuts of one space. `keys`: similarity is measured on keys; `grid`: (height, width) for destinations on
-    a grid; `padding`: the mask that says which tokens are padding."""
+    """All cuts of one space. `grid`: (height, width) for destinations on a grid; `padding`: the mask that says
+    which tokens are padding."""
 
     name: str
     space: TokenSpace
     cuts: list[Cut]
-    keys: bool
     grid: tuple[int, int] | None = None
     padding: Value | None = None
 
@@ -65,25 +65,50 @@ def plan_space(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> 
                 f"{block.attention.target} (%{block.attention.name}) is causal ({reason}): a merged token would "
                 "let earlier tokens see later ones"
             )
-    if isinstance(options.r, list) and len(options.r) > len(blocks):
-        raise Refused(
-            f"r has {len(options.r)} numbers, and the space of {space.length} tokens {len(blocks)} blocks"
-        )
+    for name, given in (("r", options.r), ("metric", options.metric)):
+        if isinstance(given, list) and len(given) > len(blocks):
+            what = "numbers" if name == "r" else "words"
+            raise Refused(
+                f"{name} has {len(given)} {what}, and the space of {space.length} tokens {len(blocks)} blocks"
+            )
     if options.protect is not None:
         space.prefix = options.protect
     counts = schedule(options.r if options.r is not None else 0, options.schedule, len(blocks))
-    metric = options.metric or ("keys" if options.where == "after" else "hidden")
-    plan = Plan(first.attention.name, space, [], metric == "keys", padding=padding_mask(analysis, space))
+    keys = [metric == "keys" for metric in _metrics(options, len(blocks))]
+    plan = Plan(first.attention.name, space, [], padding=padding_mask(analysis, space))
     if options.where == "around" and options.destinations != "bipartite":
         plan.grid = _grid(analysis, space, options)
     _in_range(space, counts, plan.grid, options)
-    for block, r in zip(blocks, counts):
+    for block, r, by_keys in zip(blocks, counts, keys):
         if r == 0 and options.ratio is None:
             continue
-        cut = _cut(analysis, space, block, options.where, r)
-        _check(analysis, space, cut, plan)
+        cut = _cut(analysis, space, block, options.where, r, by_keys)
+        _check(analysis, space, cut)
         plan.cuts.append(cut)
     return plan
+
+
+def _metrics(options: MergeOptions, count: int) -> list[Metric]:
+    """What tells similar tokens in each of `count` blocks."""
+    default: Metric = "keys" if options.where == "after" else "hidden"
+    if options.metric is None or isinstance(options.metric, str):
+        every: Metric = options.metric or default
+        return [every for _ in range(count)]
+    given = options.metric
+    return [given[i] if i < len(given) else default for i in range(count)]
+
+
+SYMBOLIC = 64
+"""How many tokens a search tries to merge in a block at most, where it is not known how many there are."""
+
+
+def most_at_once(space: TokenSpace, grid: tuple[int, int] | None, options: MergeOptions) -> int:
+    """How many tokens the first block could merge."""
+    if not isinstance(space.length, int):
+        return SYMBOLIC
+    if grid is not None:
+        return space.length - (grid[0] // options.cell[0]) * (grid[1] // options.cell[1])
+    return max(space.length - space.prefix - space.suffix, 0) // 2
 
 
 def _in_range(
@@ -92,10 +117,7 @@ def _in_range(
     """Later blocks may run out of tokens and merge fewer; more than the first block could ever merge is a mistake."""
     if not isinstance(space.length, int):
         return
-    if grid is not None:
-        most = space.length - (grid[0] // options.cell[0]) * (grid[1] // options.cell[1])
-    else:
-        most = max(space.length - space.prefix - space.suffix, 0) // 2
+    most = most_at_once(space, grid, options)
     if max(counts) > most:
         raise Refused(
             f"r={max(counts)} is out of range: one block can merge at most {most} of these {space.length} tokens"
@@ -111,17 +133,17 @@ def _grid(analysis: Analysis, space: TokenSpace, options: MergeOptions) -> tuple
     return grid
 
 
-def _cut(analysis: Analysis, space: TokenSpace, block: Block, where: str, r: int) -> Cut:
+def _cut(analysis: Analysis, space: TokenSpace, block: Block, where: str, r: int, keys: bool) -> Cut:
     add, skip, attention = block.add, block.skip, block.attention
     assert add is not None and skip is not None
     if where == "after":
-        return Cut(add, add.output, attention, add.output, r)
+        return Cut(add, add.output, attention, add.output, r, keys)
     value = skip if where == "before" else entry(analysis, space, block)
     if value.producer is None:
         raise Refused(
             f"%{value.name} is an input of the graph: there is no op after which it could be merged"
         )
-    return Cut(value.producer, value, attention, skip, r)
+    return Cut(value.producer, value, attention, skip, r, keys)
 
 
 def entry(analysis: Analysis, space: TokenSpace, block: Block) -> Value:
@@ -161,7 +183,7 @@ def _whole(analysis: Analysis, space: TokenSpace, value: Value) -> bool:
     return [ends for _, ends in analysis.token_axes(space, value)] == [WHOLE]
 
 
-def _check(analysis: Analysis, space: TokenSpace, cut: Cut, plan: Plan) -> None:
+def _check(analysis: Analysis, space: TokenSpace, cut: Cut) -> None:
     """The value to merge and the value that is compared must have the tokens as one axis, and the batch."""
     attention = cut.attention
     if not _whole(analysis, space, cut.value):
@@ -173,10 +195,10 @@ def _check(analysis: Analysis, space: TokenSpace, cut: Cut, plan: Plan) -> None:
         raise Refused(
             f"{attention.target} (%{attention.name}) has a batch axis that %{cut.value.name} has not"
         )
-    measured = attention.inputs[1] if plan.keys else cut.features
+    measured = attention.inputs[1] if cut.keys else cut.features
     assert measured is not None
     axes = analysis.token_axes(space, measured)
-    if plan.keys:
+    if cut.keys:
         if measured.rank not in (3, 4) or axes != [(measured.rank - 2, WHOLE)]:
             raise Refused(
                 f"%{measured.name}, the keys of %{attention.name}, are not [batch, heads, tokens, width]"

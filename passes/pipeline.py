@@ -7,8 +7,8 @@ Values: integers, numbers, `true`, `false`, `none`, words (`keys`), strings in d
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 from .base import Pass, known_passes
 from .errors import PipelineError
@@ -16,6 +16,8 @@ from .options import ESCAPES, IDENTIFIER, WORDS, nearest
 
 Passes = str | Pass | type[Pass] | Sequence["str | Pass | type[Pass]"]
 """What users may write: a text, a pass, a pass class (its defaults), or a list of these."""
+
+Made = TypeVar("Made")
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -32,7 +34,7 @@ def parse(passes: Passes) -> list[Pass]:
     Raises PipelineError with the position and the nearest known name for anything it does not understand.
     """
     if isinstance(passes, str):
-        return _Reader(passes).pipeline()
+        return read(passes, lambda kind, given: kind(**given))
     if isinstance(passes, Pass):
         return [passes]
     if isinstance(passes, type) and issubclass(passes, Pass):
@@ -40,6 +42,11 @@ def parse(passes: Passes) -> list[Pass]:
     if isinstance(passes, Sequence) and not isinstance(passes, bytes | bytearray):
         return [single for entry in passes for single in parse(entry)]
     raise PipelineError(f"passes must be a text or a list of passes, not {type(passes).__name__}")
+
+
+def read(text: str, make: Callable[[type[Pass], dict[str, Any]], Made]) -> list[Made]:
+    """What `make` makes of each pass of a text, its class and the options that it is given. Raises PipelineError."""
+    return _Reader(text, make).pipeline()
 
 
 def format(passes: Passes) -> str:
@@ -52,11 +59,13 @@ def key(passes: Passes) -> str:
     return ",".join(single.key() for single in parse(passes))
 
 
-class _Reader:
+class _Reader(Generic[Made]):
     """A recursive-descent reader over one text; every complaint carries its position (from 1)."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, make: Callable[[type[Pass], dict[str, Any]], Made]) -> None:
         self.text = text
+        self.make = make
+        self.last = ""
         self.at = 0
 
     def fail(self, message: str, at: int | None = None) -> PipelineError:
@@ -80,8 +89,8 @@ class _Reader:
     def found(self) -> str:
         return repr(self.text[self.at]) if self.at < len(self.text) else "the end of the text"
 
-    def pipeline(self) -> list[Pass]:
-        passes: list[Pass] = []
+    def pipeline(self) -> list[Made]:
+        passes: list[Made] = []
         if not self.skip():
             return passes
         while True:
@@ -90,10 +99,10 @@ class _Reader:
             if not char:
                 return passes
             if char != ",":
-                raise self.fail(f"expected ',' or the end after {passes[-1].name}, found {self.found()}")
+                raise self.fail(f"expected ',' or the end after {self.last}, found {self.found()}")
             self.at += 1
 
-    def single(self) -> Pass:
+    def single(self) -> Made:
         self.skip()
         start = self.at
         name = self.take(_NAME)
@@ -102,9 +111,10 @@ class _Reader:
         known = known_passes()
         if name not in known:
             raise self.fail(f"unknown pass {name!r}{nearest(name, known)}", start)
+        self.last = name
         given, places = self.options(name) if self.skip() == "{" else ({}, {})
         try:
-            return known[name](**given)
+            return self.make(known[name], given)
         except PipelineError as error:
             # The message names the option (or several) at fault; point at the first of them in the text.
             said = set(_WORD.findall(str(error).removeprefix(f"{name}: ")))

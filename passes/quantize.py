@@ -7,6 +7,7 @@ once where they are one matrix. Convolutions stay. After Frantar et al., GPTQ, I
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,16 +21,21 @@ from .formats.rounding import quantize
 from .ir.graph import Graph
 from .order import FIXED, LOWERED
 from .quantize_emit import Emitter
-from .quantize_find import EMBEDDING, HEAD, LINEAR, Target, find_targets
+from .quantize_find import HEAD, LINEAR, Found, Target, find_targets
 from .quantize_report import Report
 from .quantize_samples import Inputs, visit_targets
+from .tunable import Knob
 
 Bits = Literal[4, 8, 16, 32]
+
+RUNS = 12
+"""Into so many runs, at most, a search divides the products."""
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """bits: of the products; 16 keeps rows of 16 bits, 32 changes nothing. group: how many weights share a scale (a
+    """bits: of the products, or a list that is spread over them in the order of the graph, each number for a run of
+    equally many; 16 keeps rows of 16 bits, 32 changes nothing. group: how many weights share a scale (a
     multiple of 16; 0: a whole row). symmetric: without zero points; offsets: with symmetric=false
     a least weight instead of a zero point. head_bits, embedding_bits: of the product over a
     vocabulary and of its table; 32 leaves them.
@@ -39,7 +45,7 @@ class QuantizeOptions:
     scales: how they are stored, as float32 in ONNX files, whose operators take no other, else as float16; auto rounds
     them to float16 in both. form: of products in ONNX files, elision or matmulnbits (ONNX Runtime's own)."""
 
-    bits: Bits = 4
+    bits: Bits | list[Bits] = 4
     group: int = 32
     symmetric: bool = True
     offsets: bool = False
@@ -56,17 +62,35 @@ class QuantizeOptions:
             raise PipelineError(f"group must be a multiple of 16, or 0 for whole rows, not {self.group}")
         if self.offsets and self.symmetric:
             raise PipelineError("offsets=true takes symmetric=false")
-        if self.activations and self.bits != 8:
+        if not self.levels:
+            raise PipelineError("bits must have at least one number")
+        # In a list 32 says where nothing is rounded.
+        if self.activations and not {*self.levels} <= ({8, 32} if isinstance(self.bits, list) else {8}):
             raise PipelineError(f"activations=true takes bits=8, not bits={self.bits}")
 
-    def bits_of(self, role: str) -> int:
-        """4, 8, 16 or 32. Heads and tables have 8 bits unless that is more than all the rest."""
-        if self.bits == 32:
-            return 32
-        given = {HEAD: self.head_bits, EMBEDDING: self.embedding_bits}.get(role, self.bits)
-        if given is not None:
-            return given
-        return 8 if self.bits < 16 else self.bits if role == HEAD else 32
+    @property
+    def levels(self) -> list[Bits]:
+        """The bits of every run of products; one where all have the same."""
+        return self.bits if isinstance(self.bits, list) else [self.bits]
+
+    @property
+    def nothing(self) -> bool:
+        """True when every weight stays as it is."""
+        return min(self.levels) == 32
+
+    def bits_of(self, targets: Sequence[Target]) -> dict[Target, int]:
+        """4, 8, 16 or 32 for each. Heads and tables have 8 bits unless that is more than all the rest."""
+        products = [target for target in targets if target.role == LINEAR]
+        least, runs = min(self.levels), len(self.levels)
+        found: dict[Target, int] = {
+            target: self.levels[i * runs // len(products)] for i, target in enumerate(products)
+        }
+        for target in targets:
+            if target.role != LINEAR:
+                given = self.head_bits if target.role == HEAD else self.embedding_bits
+                rest = 8 if least < 16 else least if target.role == HEAD else 32
+                found[target] = 32 if self.nothing else rest if given is None else given
+        return found
 
 
 @register
@@ -79,25 +103,32 @@ class Quantize(Pass):
     summary = "weights of 4 or 8 bits, rounded, calibrated or taken from the file"
     Options = QuantizeOptions
 
+    @classmethod
+    def tunable(cls, graph: Graph, given: Mapping[str, Any]) -> list[Knob]:
+        """Bits for runs of products."""
+        found = find_targets(graph)
+        products = sum(target.role == LINEAR for target in found.targets)
+        if not products:
+            raise nothing_to_round(found)
+        values = (32, 8) if given.get("activations") else (32, 8, 4)
+        return [Knob("bits", values, min(products, RUNS), neutral=True)]
+
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Raises NothingMatched without a product or table, Refused for gptq without samples."""
         options: QuantizeOptions = self.options
-        if options.bits == 32:
+        if options.nothing:
             return Outcome(notes=["bits=32 leaves every weight as it is"])
         samples = context.samples or ([context.example_inputs] if context.example_inputs else [])
         if options.method == "gptq" and not samples:
             raise Refused("quantize: method gptq takes samples to run the graph on, and there are none")
         found = find_targets(graph)
         if not found.targets:
-            reasons = "; ".join(f"{count}: {reason}" for reason, count in found.left.items())
-            raise NothingMatched(
-                f"quantize found no product or table with a constant weight{f' ({reasons})' if reasons else ''}"
-            )
-        targets = [t for t in found.targets if options.bits_of(t.role) != 32]
+            raise nothing_to_round(found)
+        bits = options.bits_of(found.targets)
+        targets = [target for target in found.targets if bits[target] != 32]
         calibrated = bool(context.samples) or options.method == "gptq"
-        chooser = _Chooser(
-            options, context, calibrated, wide=graph.host == "onnx" and options.scales == "auto"
-        )
+        wide = graph.host == "onnx" and options.scales == "auto"
+        chooser = _Chooser(options, bits, context, calibrated, wide)
         notes = [f"{count} left: {reason}" for reason, count in found.left.items()]
         if samples and not all(chooser.kept(target) is not None for target in targets):
             try:
@@ -126,11 +157,27 @@ class Quantize(Pass):
         )
 
 
+def nothing_to_round(found: Found) -> NothingMatched:
+    """The error for a graph without targets."""
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in found.left.items())
+    return NothingMatched(
+        f"quantize found no product or table with a constant weight{f' ({reasons})' if reasons else ''}"
+    )
+
+
 class _Chooser:
     """Chooses the quantized form of every target, each matrix once."""
 
-    def __init__(self, options: QuantizeOptions, context: PassContext, calibrated: bool, wide: bool) -> None:
+    def __init__(
+        self,
+        options: QuantizeOptions,
+        bits: Mapping[Target, int],
+        context: PassContext,
+        calibrated: bool,
+        wide: bool,
+    ) -> None:
         self.options = options
+        self.bits = bits
         self.formats: Any = context.formats if options.keep_source else None
         self.calibrated = calibrated
         self.wide = wide
@@ -145,7 +192,7 @@ class _Chooser:
         return self._values(self.chosen[target])
 
     def choose(self, target: Target, inputs: Inputs | None) -> None:
-        bits = self.options.bits_of(target.role)
+        bits = self.bits[target]
         key = (*_identity(target), bits)
         known = key in self._made
         source = False
@@ -163,7 +210,7 @@ class _Chooser:
 
     def kept(self, target: Target) -> Quantized | None:
         """The target's form in the file it came from, where that is asked for: no sample changes it."""
-        if self.formats is None or self.options.bits_of(target.role) > 8:
+        if self.formats is None or self.bits[target] > 8:
             return None
         return self.formats.lookup(np.ascontiguousarray(target.weight))
 

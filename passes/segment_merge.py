@@ -10,6 +10,7 @@ the shorter memory, outputs with a row for every token.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from .drop_policies import valid_tokens
 from .errors import ElisionError, NothingMatched, PipelineError, Refused
 from .ir.graph import Dim, Graph, Op, Value
 from .options import check_share
+from .tunable import Knob
 from .writer import Writer
 
 
@@ -177,6 +179,12 @@ class SegmentMerge(Pass):
         )
         where = "right behind the embeddings" if layer == 0 else f"behind layer {layer} of {layers}"
         outcome.notes.append(f"{where} {length} tokens become {left} slots")
+
+    @classmethod
+    def tunable(cls, graph: Graph, given: Mapping[str, Any]) -> list[Knob]:
+        """The layer, from the last one down to the embeddings."""
+        space = the_space(analyse(graph))
+        return [Knob("layer", tuple(range(len(space.blocks), -1, -1)))]
 
     @classmethod
     def applicability(cls, analysis: Analysis) -> list[str]:

@@ -9,8 +9,9 @@ graph without a text, tokens are dropped between two blocks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..kernels.lengths import floor_of
 from .analysis.joins import Join, find_joins, written_join
@@ -29,6 +30,7 @@ from .ir.graph import Graph
 from .options import check_share
 from .parts import Parts, PartsPlan
 from .scattered_add import additions, spell_out
+from .tunable import SHARES, Knob
 from .unfold import folds, unfold
 
 Policy = Literal[
@@ -187,6 +189,21 @@ class TokenDrop(Pass):
 
     def for_parts(self, parts: Parts) -> PartsPlan:
         return plan_drop(self, parts)
+
+    @classmethod
+    def tunable(cls, graph: Graph, given: Mapping[str, Any]) -> list[Knob]:
+        """The budget, and the block before which tokens go where there is a choice of it."""
+        analysis = analyse(graph)
+        spaces = [space for space in analysis.spaces if space.blocks]
+        if not spaces:
+            raise no_attention(analysis, cls.name)
+        knobs = [Knob("budget", SHARES, neutral=True)]
+        policy, join = given.get("policy", "hired"), the_join(analysis)
+        if policy == "fastv" or (join is None and given.get("outputs") != "kept"):
+            space = _only(spaces) if join is None else join.target
+            first = 0 if policy in BY_PLACE else 1
+            knobs.append(Knob("layer", tuple(range(len(space.blocks) - 1, first - 1, -1))))
+        return knobs
 
     @classmethod
     def applicability(cls, analysis: Analysis) -> list[str]:

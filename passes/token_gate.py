@@ -30,6 +30,7 @@ from .errors import NothingMatched, PipelineError, Refused, VerificationError
 from .gate_weights import fresh_gate, read_gate
 from .ir.graph import Graph, Op, Value
 from .options import check_share
+from .tunable import SHARES, Knob
 from .writer import Writer
 
 GATE_OUTPUT = "elision_gate"
@@ -119,6 +120,12 @@ class TokenGate(Pass):
         return isinstance(other, TokenGate) and other.key() == self.key()
 
     __hash__ = Pass.__hash__
+
+    @classmethod
+    def tunable(cls, graph: Graph, given: Mapping[str, Any]) -> list[Knob]:
+        """The capacity of a hard gate: its layer is the one that it was trained for."""
+        gated_space(analyse(graph))
+        return [Knob("capacity", SHARES, neutral=True)] if given.get("mode", "hard") == "hard" else []
 
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Put the gate in. Raises NothingMatched without attention over tokens, Refused where it is not safe."""

@@ -8,6 +8,7 @@ graph in which a self-attention and its residual addition can be found; `merge_p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,10 @@ from .cut import Cutter
 from .cut_maps import WHOLE, Level
 from .errors import NothingMatched, PipelineError, Refused
 from .ir.graph import Graph, Op, Value
-from .merge_plan import Cut, Plan, plan_space
+from .merge_plan import Cut, Plan, most_at_once, plan_space
+from .tunable import Knob
+
+Metric = Literal["keys", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,18 @@ class MergeOptions:
     `cell`: rows and columns of a cell of the token grid, one token of which is a destination (see `destinations`).
     `ratio`: instead of `r`, the share of the current tokens. `schedule`: r falls ("down") or rises ("up")
     linearly from block to block with the same total. `metric`: what tells similar tokens, the attention's
-    keys or the hidden features. `where`: after the attention, before the block, or around the attention
-    only (the tokens are restored right after it). `proportional`: attention adds log(size) to its logits; by
-    default unless merging around. `protect`: so many first tokens keep their place (by default found in
-    the graph). `order`: of the merged tokens, as published or original. `destinations`: pairs along the
-    sequence ("bipartite"), or one per `cell` of the token grid ("grid"), the default around an attention
-    whose tokens are a grid. `seed`: picks the grid's destinations at random, -1 the top left ones."""
+    keys or the hidden features, or a list with one word a block (a short list is filled up with the default).
+    `where`: after the attention, before the block, or around the attention only (the tokens are restored right
+    after it). `proportional`: attention adds log(size) to its logits; by default unless merging around. `protect`:
+    so many first tokens keep their place (by default found in the graph). `order`: of the merged tokens, as published
+    or original. `destinations`: pairs along the sequence ("bipartite"), or one per `cell` of the token grid ("grid"),
+    the default around an attention whose tokens are a grid. `seed`: picks the grid's destinations at random, -1 the
+    top left ones."""
 
     r: int | list[int] | None = None
     ratio: float | None = None
     schedule: Literal["constant", "up", "down"] = "constant"
-    metric: Literal["keys", "hidden"] | None = None
+    metric: Metric | list[Metric] | None = None
     where: Literal["after", "before", "around"] = "after"
     proportional: bool | None = None
     protect: int | None = None
@@ -56,7 +61,7 @@ class MergeOptions:
             raise PipelineError(f"ratio must be at least 0 and below 1, not {self.ratio}")
         if self.schedule != "constant" and not isinstance(self.r, int):
             raise PipelineError(f"schedule {self.schedule} needs one number r")
-        if self.metric == "keys" and self.where != "after":
+        if "keys" in self.metrics and self.where != "after":
             raise PipelineError(f"metric keys is not known yet where={self.where} merges; use metric=hidden")
         if self.protect is not None and self.protect < 0:
             raise PipelineError(f"protect must not be negative, not {self.protect}")
@@ -66,6 +71,13 @@ class MergeOptions:
             raise PipelineError("destinations grid needs where=around: merged tokens are no grid any more")
         if self.seed < -1:
             raise PipelineError(f"seed must be -1 or more, not {self.seed}")
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """The words that `metric` says, one or one a block; none where it is left open."""
+        if isinstance(self.metric, list):
+            return self.metric
+        return [] if self.metric is None else [self.metric]
 
     @property
     def nothing(self) -> bool:
@@ -98,6 +110,36 @@ class TokenMerge(Pass):
             self._apply(graph, analysis, plan, context, outcome)
         outcome.statistics["removed dead ops"] = graph.remove_dead()
         return outcome
+
+    @classmethod
+    def tunable(cls, graph: Graph, given: Mapping[str, Any]) -> list[Knob]:
+        """r and metric for every block, and the order of the merged tokens."""
+        fixed = {name: value for name, value in given.items() if name not in ("r", "ratio", "metric")}
+        options = cls(r=1, **fixed).options
+        analysis = analyse(graph)
+        blocks, most, reasons = [], [], []
+        for space in analysis.spaces:
+            if not space.blocks:
+                continue
+            try:
+                plan = plan_space(analysis, space, options)
+            except Refused as error:
+                reasons.append(str(error))
+            else:
+                blocks.append(len(plan.cuts))
+                most.append(most_at_once(space, plan.grid, options))
+        if not blocks:
+            raise Refused(reasons[0]) if reasons else no_attention(analysis, cls.name)
+        # One list is for all spaces, and none may be asked for more than it has.
+        places, least = min(blocks), min(most)
+        knobs = []
+        if "ratio" not in given and least > 0 and "schedule" not in given:
+            knobs.append(Knob("r", tuple(range(least + 1)), places, neutral=True))
+        if options.where == "after":
+            knobs.append(Knob("metric", ("keys", "hidden"), places, ordered=False))
+        if options.where != "around":
+            knobs.append(Knob("order", ("published", "original"), ordered=False))
+        return knobs
 
     @classmethod
     def applicability(cls, analysis: Analysis) -> list[str]:
@@ -233,7 +275,7 @@ class _Merger:
     def _metric(self, cut: Cut, level: Level) -> Value:
         """What similarity is measured on, [B, N, D]."""
         crossing = self.cutter.crossing
-        if not self.plan.keys:
+        if not cut.keys:
             value = cut.features
             if crossing.level(value) is not level:
                 raise Refused(f"%{value.name} and %{cut.value.name} have different numbers of tokens by then")

@@ -1,5 +1,5 @@
 """The command line: explain, optimize, diff, bench, generate, bench-verify, passes, reproduce, doctor, export-mlir,
-tune-kernels."""
+tune, tune-kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from .bench_verify_command import bench_verify
 from .generate_command import generate
+from .search_command import tune
 from .shell import BAD_INPUT, Shell, counting, keep_reproducer, out, print_json, read_arrays, working
 
 app = typer.Typer(
@@ -310,10 +311,10 @@ def tune_kernels(
 ) -> None:
     """Measure which form of every operation this machine runs fastest; passes then use what was found."""
     from .commands import show_measured
-    from .tune import tune
+    from .tune import tune as measure
 
     with counting("measuring", silent=json) as progress:
-        results = tune(target, quick=quick, progress=progress)
+        results = measure(target, quick=quick, progress=progress)
     if json:
         print_json([result.to_json() for result in results])
     else:
@@ -322,6 +323,7 @@ def tune_kernels(
 
 app.command()(generate)
 app.command("bench-verify")(bench_verify)
+app.command()(tune)
 
 
 def main(arguments: list[str] | None = None) -> Any:

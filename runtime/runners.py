@@ -39,14 +39,15 @@ class FxRunner:
             except Exception as error:
                 raise VerificationError(f"the graph does not run: {first_line(error)}") from error
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        return [_plain(leaf) for leaf in leaves]
+        return [plain_array(leaf) for leaf in leaves]
 
     def with_inputs(self, added: Mapping[str, np.ndarray]) -> Runner:
         """The same for a graph that takes inputs of these names besides."""
         return FxRunner(self.args, {**self.kwargs, **tensors_of(added)})
 
 
-def _plain(tensor: Any) -> np.ndarray:
+def plain_array(tensor: Any) -> np.ndarray:
+    """A tensor as an array; bfloat16 comes as float32."""
     import torch
 
     tensor = tensor.detach().cpu()
@@ -103,10 +104,11 @@ def run_model(model: Any, feeds: Mapping[str, np.ndarray]) -> list[Any]:
         return session.run(None, dict(feeds))
 
 
-def plain_session(model: str | bytes) -> Any:
+def plain_session(model: str | bytes, options: Any = None) -> Any:
     """A quiet CPU session with no library of ours."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    if options is None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -178,6 +178,18 @@ def test_32_bits_are_the_identity(graph: Any) -> None:
     assert done.passes[0].notes == ["bits=32 leaves every weight as it is"]
 
 
+def test_bits_for_runs_of_products(graph: Any) -> None:
+    mixed = apply(graph, "quantize{bits=[32,8,4] head_bits=8}", IDS)
+    found = [op.attrs["bits"] for op in mixed.ops_of("elision") if "linear" in op.target]
+    assert (
+        found == [*[8] * 5, *[4] * 4, 8] and len(mixed.ops_of("linear", "matmul")) >= 5
+    )  # 14 products and a head
+    alike = apply(graph, "quantize{bits=[4,4]}", IDS)
+    np.testing.assert_array_equal(run(alike, IDS)[0], run(apply(graph, "quantize", IDS), IDS)[0])
+    same = report(graph, "quantize{bits=[32,32]}", IDS)
+    assert not same.passes[0].changed
+
+
 def test_16_bits_are_rows(graph: Any) -> None:
     done = report(graph, "quantize{bits=16}", IDS)
     assert targets_of(done.graph) == ["linear_rows"] * 15
@@ -329,6 +341,8 @@ def test_a_graph_without_products() -> None:
         ("quantize{bits=5}", "bits must be one of 4, 8, 16, 32"),
         ("quantize{group=24}", "a multiple of 16, or 0"),
         ("quantize{activations=true}", "activations=true takes bits=8, not bits=4"),
+        ("quantize{activations=true bits=[8,4]}", "activations=true takes bits=8"),
+        ("quantize{bits=[]}", "at least one number"),
         ("quantize{method=awq}", "method must be one of"),
         ("quantize{offsets=true}", "offsets=true takes symmetric=false"),
         ("fix-rows{dtype=int8}", "dtype must be one of"),

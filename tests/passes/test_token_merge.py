@@ -223,7 +223,8 @@ def test_the_map_as_an_output_says_which_tokens_became_one():
         ({"ratio": 0.5, "schedule": "down"}, "needs one number r"),
         ({"r": 1, "where": "before", "metric": "keys"}, "use metric=hidden"),
         ({"r": 1, "destinations": "grid"}, "needs where=around"),
-        ({"r": 1, "metric": "key"}, "did you mean keys"),
+        ({"r": 1, "metric": "key"}, "metric must be one of keys, hidden"),
+        ({"r": 1, "where": "before", "metric": ["hidden", "keys"]}, "use metric=hidden"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
@@ -234,6 +235,27 @@ def test_options_that_make_no_sense(options, message):
 def test_a_list_longer_than_the_model():
     with pytest.raises(Refused, match="r has 3 numbers, and the space of 16 tokens 2 blocks"):
         merged(toys.Encoder(), (torch.ones(2, 3, 8, 8),), r=[1, 1, 1])
+
+
+def test_a_metric_for_every_block():
+    args = (torch.randn(2, 3, 8, 8),)
+    torch.manual_seed(0)
+    module = toys.Encoder()
+    texts = {}
+    for metric, keys in (
+        ("keys", 2),
+        ("hidden", 0),
+        (["keys", "hidden"], 1),
+        (["hidden"], 1),
+        (["hidden"] * 2, 0),
+    ):
+        graph, _ = merged(module, args, r=3, metric=metric)
+        texts[str(metric)] = "\n".join(graph.text())
+        assert count(graph, "mean_heads") == keys
+    assert texts["['hidden', 'hidden']"] == texts["hidden"]
+    assert len(set(texts.values())) == 4
+    with pytest.raises(Refused, match="metric has 3 words, and the space of 16 tokens 2 blocks"):
+        merged(module, args, r=3, metric=["keys"] * 3)
 
 
 @pytest.mark.parametrize(("options", "most"), [({}, 8), ({"where": "around"}, 12)])
