@@ -42,6 +42,14 @@ def _vocabulary(merged: Kept) -> str:
     )
 
 
+def _gates(trained: Kept) -> str:
+    gate, without = trained["gates"][1], trained["without"]["loss"]
+    return (
+        f"a small byte model without {gate['soft']['deleted']:.0%} of its bytes: {gate['work']:.2f} of the work, "
+        f"loss {gate['hard']['loss']:.3f} for {without:.3f}"
+    )
+
+
 def _caches(cost: Kept) -> str:
     return f"8 rows cost {cost['ratios']['elision']['8']:.2f} of one (SmolLM2-135M, 4 bits)"
 
@@ -81,7 +89,13 @@ FAMILIES: tuple[tuple[str, str, str, str | None, Callable[[Kept], str] | None], 
         "segment_words",
         _segments,
     ),
-    ("Delete gates", "token_gate.md", "a trained gate deletes tokens inside an encoder", None, None),
+    (
+        "Delete gates",
+        "token_gate.md",
+        "a trained gate deletes tokens inside an encoder",
+        "train_gate",
+        _gates,
+    ),
     (
         "Dynamic vocabularies",
         "dynamic_vocab.md",
@@ -164,9 +178,27 @@ def by_rule() -> str:
     return "\n".join(lines)
 
 
+def by_rate() -> str:
+    """docs/token_gate.md: what each deletion rate costs and saves. The kept file is examples/train_gate.py's."""
+    trained = _kept("train_gate")
+    lines = [
+        "| rate asked for | deleted | loss, soft | loss, hard | capacity | work of the graph |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| no gate, trained as long | | {trained['without']['loss']:.3f} | | | 1 |",
+    ]
+    for gate in trained["gates"]:
+        soft, hard = gate["soft"], gate["hard"]
+        lines.append(
+            f"| {gate['target']:.0%} | {soft['deleted']:.0%} | {soft['loss']:.3f} | {hard['loss']:.3f} | "
+            f"{gate['capacity']:.0%} | {gate['work']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("index.md", "families"): table,
     ("segment_merge.md", "layers"): by_layer,
+    ("token_gate.md", "gates"): by_rate,
     ("dynamic_vocab.md", "rules"): by_rule,
 }
 """By page and name: what stands there between two comments."""

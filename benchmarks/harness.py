@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from elision.passes.manager import versions
+from elision.passes.failures import versions
 from elision.runtime.bench import interleave
 
 RESULTS = Path(__file__).parent / "results"
