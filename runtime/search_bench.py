@@ -210,16 +210,13 @@ class Stopwatch:
     def race(
         self, challenger: Built, other: Built, call: Call, *, least: int = 4, most: int = 12, until: float
     ) -> Race:
-        """Both in turn, forwards and backwards, until it is sure which is faster: at least `least` rounds, at most
-        `most`, and no new one after `until`."""
+        """Both in turn, in one order as in `bench.interleave`, until it is sure which is faster: at least `least` rounds,
+        at most `most`, and no new one after `until`."""
         for built in (challenger, other):
             self.seconds(built, call)
         logs: list[float] = []
         while len(logs) < most:
-            pair = {}
-            for built in (challenger, other) if len(logs) % 2 == 0 else (other, challenger):
-                pair[id(built)] = self.seconds(built, call)
-            logs.append(math.log(pair[id(challenger)] / pair[id(other)]))
+            logs.append(math.log(self.seconds(challenger, call) / self.seconds(other, call)))
             if len(logs) < least:
                 continue
             if summary(logs).surely or self.now() > until:

@@ -230,7 +230,9 @@ def test_names() -> None:
         NothingMatched, match="no input 'ids' with token ids among input_ids; option ids names it"
     ):
         elision.optimize(Odd("compared"), "dynamic-vocab{ids=ids}", args)
-    with pytest.raises(Refused, match="embeddings that are given with the ids by then; a graph takes it once"):
+    with pytest.raises(
+        Refused, match="embeddings that are given with the ids by then; a graph takes it once"
+    ):
         elision.optimize(exported(module("bert")), "dynamic-vocab,dynamic-vocab", text())
     with pytest.raises(Refused, match="has an input called 'attention_mask' already"):
         elision.optimize(exported(module("bert")), "dynamic-vocab{name=attention_mask}", text())

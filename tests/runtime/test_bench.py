@@ -17,7 +17,7 @@ def test_every_round_runs_every_side_in_turn():
     calls = []
     sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     times = bench.interleave(sides, rounds=4, warm_up=1)
-    assert calls == ["a", "b", *"ab", *"ba", *"ab", *"ba"]
+    assert calls == [*"ab"] * 5  # no side twice in a row: the second time its weights are in the cache
     assert {name: len(found) for name, found in times.items()} == {"a": 4, "b": 4}
 
 
