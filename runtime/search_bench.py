@@ -210,8 +210,8 @@ class Stopwatch:
     def race(
         self, challenger: Built, other: Built, call: Call, *, least: int = 4, most: int = 12, until: float
     ) -> Race:
-        """Both in turn, in one order as in `bench.interleave`, until it is sure which is faster: at least `least` rounds,
-        at most `most`, and no new one after `until`."""
+        """Both in turn, in one order as in `bench.interleave`, until it is sure which is faster: at least `least`
+        rounds, at most `most`, and no new one after `until`."""
         for built in (challenger, other):
             self.seconds(built, call)
         logs: list[float] = []
