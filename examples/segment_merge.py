@@ -7,7 +7,7 @@ and how many held-out functions are named right, before and after.
 
     python examples/segment_merge.py [--out table.md] [--page docs/segment_merge.md] [--tiny]
 
-All seeds are fixed. About ten minutes on two cores; --tiny only shows that it runs."""
+All seeds are fixed. It took 46 minutes on one thread of a busy machine; --tiny only shows that it runs."""
 
 from __future__ import annotations
 

@@ -164,6 +164,17 @@ def test_what_does_not_hold_on_held_out_calls_is_not_chosen():
         searched(problem, 0.98, shift=0.5)
 
 
+def test_the_constant_to_beat_is_the_fastest_that_keeps_both_bounds():
+    """Also where the search allows itself less than the bound does."""
+    search, free = searched(Problem(np.full(PLACES, 2e-3), np.full(PLACES, 1e-2)), 0.98)
+    slower = [
+        t for t in search.trials.values() if t.kind == "constant" and t.cost > free.constant.cost and t.kept
+    ]
+    search.allowed = min(search.loss(t.quality) for t in slower)
+    judged = search.judge(free.chosen)
+    assert judged.constant is free.constant and judged.chosen.ratio <= free.constant.ratio + 1e-12
+
+
 def test_a_bound_that_nothing_reaches():
     with pytest.raises(ElisionError, match=r"no pipeline can reach .* at least 1.5: the model itself has 1"):
         searched(Problem(np.ones(PLACES), np.ones(PLACES)), 1.5)
