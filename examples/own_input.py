@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from elision.passes import Graph, Outcome, Pass, PassContext, Refused, register
-from elision.passes.base import NewSignature, as_array
+from elision.passes.base import same_examples
 
 
 @register
@@ -27,14 +27,10 @@ class PickSamples(Pass):
         samples = graph.add_input(self.options.input, "int64", ["picked"])
         picked = graph.insert_plain("gather", [value, samples], {"axis": 0}, after=value.producer)
         graph.replace_output(0, picked)
-        signature = NewSignature()  # without example inputs nothing is compared
-        if context.example_inputs is not None:
-            given = [as_array(item) for item in context.example_inputs]
-            all_of_them = np.arange(len(given[0]))
-            outputs = list(range(len(graph.outputs)))
-            signature = NewSignature(
-                given, [*given, all_of_them], outputs, added={self.options.input: all_of_them}
-            )
+        # Checked by asking for all of them; without example inputs nothing is compared.
+        count = len(context.example_inputs[0]) if context.example_inputs else 0
+        added = {self.options.input: np.arange(count)}
+        signature = same_examples(context, len(graph.outputs), added)
         return Outcome(
             changed=True, signature=signature, notes=[f"{self.options.input}: int64, numbers of samples"]
         )

@@ -174,9 +174,8 @@ class Pass(abc.ABC):
 
     name: ClassVar[str] = ""
     exact: ClassVar[bool] = False  # True: the graph computes the same function afterwards
-    before: ClassVar[
-        tuple[str, ...]
-    ] = ()  # facts of `order.FACTS` that must not hold where it changes a graph
+    # Facts of `order.FACTS` that must not hold where it changes a graph.
+    before: ClassVar[tuple[str, ...]] = ()
     reduces: ClassVar[bool] = False  # True: pointless unless the estimated cost falls; see manager.py
     summary: ClassVar[str] = ""
     Options: ClassVar[type] = NoOptions

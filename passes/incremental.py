@@ -243,9 +243,8 @@ class _Examples:
         before |= self.text.feeds(ids)
         try:
             crosses = self.graph.evaluate(self.plan.cuts, before) if self.plan.cuts else []
-        except (
-            ElisionError
-        ):  # the example is of another batch than one: then there is nothing to compare with
+        except ElisionError:
+            # The example is of another batch than one: there is nothing to compare with, and the manager says so.
             return NewSignature()
         count = ids.shape[1]
         chain = [ids.astype(np.int64), np.arange(count, dtype=np.int64)[None], *self.rows(count)]

@@ -173,7 +173,7 @@ def take_apart(graph: Graph) -> Outcome:
     if open_ended is not None:
         raise Refused(
             f"{open_ended.target} (%{open_ended.name}) makes a length of data, and a file of MLIR has numbers for its "
-            "lengths: give token-gate a capacity that is one"
+            "lengths"
         )
     counts = decompose(graph)  # type: ignore[arg-type]
     if not counts:

@@ -203,9 +203,8 @@ class TokenMerge(Pass):
         cutter = Cutter(
             graph, analysis, plan.space, mismatch="restore" if around else "lift", proportional=proportional
         )
-        if (
-            plan.padding is not None
-        ):  # it is read where the first tokens merge, which may be before it is made
+        if plan.padding is not None:
+            # It is read where the first tokens merge, which may be before it is made.
             first = min(graph.ops.index(cut.op) for cut in plan.cuts)
             graph.hoist(plan.padding, graph.ops[first - 1] if first else None)
         merger = _Merger(cutter, plan, options)

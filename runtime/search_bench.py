@@ -133,13 +133,9 @@ class Workbench:
         names = [item.name for item in loaded.get_inputs()]
 
         def run(call: Call) -> Outputs:
-            missing = [name for name in names if name not in call]
-            if missing:
-                raise ElisionError(
-                    f"the pipeline takes an input {missing[0]!r}, which the data does not have"
-                )
+            feeds = _wanted(call, names)
             try:
-                return [np.asarray(o) for o in loaded.run(None, {name: call[name] for name in names})]
+                return [np.asarray(o) for o in loaded.run(None, feeds)]
             except Exception as error:
                 raise ElisionError(f"onnxruntime does not run it: {first_line(error)}") from error
 
@@ -158,12 +154,7 @@ class Workbench:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
 
         def run(call: Call) -> Outputs:
-            missing = [name for name in names if name not in call]
-            if missing:
-                raise ElisionError(
-                    f"the pipeline takes an input {missing[0]!r}, which the data does not have"
-                )
-            tensors = tensors_of({name: call[name] for name in names})
+            tensors = tensors_of(_wanted(call, names))
             given = list(leaves)
             for place, name in zip(places, names):
                 given[place] = tensors[name].to(leaves[place].device)
@@ -178,6 +169,14 @@ class Workbench:
                 return [plain_array(t) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
 
         return run
+
+
+def _wanted(call: Call, names: Sequence[str]) -> Call:
+    """What a pipeline reads of a call. Raises ElisionError for an input that the data does not have."""
+    for name in names:
+        if name not in call:
+            raise ElisionError(f"the pipeline takes an input {name!r}, which the data does not have")
+    return {name: call[name] for name in names}
 
 
 # ---- time ---------------------------------------------------------------------------------------------

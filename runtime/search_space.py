@@ -87,14 +87,13 @@ class Space:
         made: list[Pass] = []
         for owner, sketch in enumerate(self.sketches):
             options: dict[str, Any] = {}
-            idle, tuned = False, False
+            idle = False
             for knob in [knob for own, knob in self.knobs if own == owner]:
                 indices = [point[i] for i in self.of(owner, knob.option)]
-                tuned = True
                 idle = idle or (knob.neutral and not any(indices))
                 if knob.ordered or any(indices):
                     options[knob.option] = knob.option_of(indices)
-            if not (tuned and idle):
+            if not idle:
                 made.append(sketch.build(options))
         return made
 
