@@ -21,7 +21,7 @@ from ..kernels.ops.segment_tokens import slots_for
 from .analysis.layer_ends import layer_value
 from .analysis.masks import causal_because
 from .analysis.spaces import Analysis, TokenSpace, analyse, no_attention
-from .base import NewSignature, Outcome, Pass, PassContext, as_array, register
+from .base import NewSignature, Outcome, Pass, PassContext, as_array, register, same_examples
 from .cut import Cutter
 from .cut_maps import WHOLE
 from .drop_policies import valid_tokens
@@ -124,7 +124,7 @@ class SegmentMerge(Pass):
         cutter.walk({write.cursor: at})
         level = crossing.levels[-1]
         outcome = Outcome(changed=True)
-        outputs = list(range(len(graph.outputs)))
+        outputs = len(graph.outputs)
         if context.want_map:
             graph.add_output(crossing.composed_slot(level, WHOLE), "elision_token_map")
             outcome.extra["token_map"] = ends
@@ -139,14 +139,13 @@ class SegmentMerge(Pass):
         if added is None:
             outcome.signature = NewSignature()
             return outcome
-        given = examples.arrays
         named = dict(zip(self.new_inputs(), added))
         own = {
             name: context.example_of(name, "int64", array.shape if name != SLOTS else [None])
             for name, array in named.items()
         }
         named = {name: array if own[name] is None else own[name] for name, array in named.items()}
-        outcome.signature = NewSignature(given, [*given, *named.values()], outputs, added=named)
+        outcome.signature = same_examples(context, outputs, named)
         units = "neighbours as units, evenly over the tokens"
         if own[options.input] is not None:
             units = f"the units of the given {options.input}"

@@ -95,47 +95,35 @@ def _minilm() -> MeanPool:
     return MeanPool(hf.BertModel(hf.BertConfig(**BERT_SIZES), add_pooling_layer=False))
 
 
-def _t5() -> Call:
-    config = hf.T5Config(
-        vocab_size=100, d_model=WIDTH, d_kv=16, d_ff=64, num_layers=3, num_heads=2, decoder_start_token_id=0
-    )
+def _encoder_decoder(**more: Any) -> Call:
+    sizes: dict[str, Any] = {
+        "vocab_size": 100,
+        "d_model": WIDTH,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 3,
+        "num_heads": 2,
+    }
+    config = hf.T5Config(**{**sizes, "decoder_start_token_id": 0, **more})
     model = hf.T5ForConditionalGeneration(config)
     return Call(model, f"{NAMES} decoder_input_ids", "logits", use_cache=False)
+
+
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+def _t5() -> Call:
+    return _encoder_decoder()
 
 
 def _codet5p() -> Call:
     """The gated T5 of CodeT5+, whose tables are not shared with the head."""
-    config = hf.T5Config(
-        vocab_size=100,
-        d_model=WIDTH,
-        d_kv=16,
-        d_ff=64,
-        num_layers=3,
-        num_heads=2,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
-    model = hf.T5ForConditionalGeneration(config)
-    return Call(model, f"{NAMES} decoder_input_ids", "logits", use_cache=False)
+    return _encoder_decoder(**GATED)
 
 
 def _byt5() -> Call:
     """Bytes: a gated T5 whose encoder is deeper than its decoder."""
-    config = hf.T5Config(
-        vocab_size=384,
-        d_model=WIDTH,
-        d_kv=16,
-        d_ff=64,
-        num_layers=3,
-        num_decoder_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
-    model = hf.T5ForConditionalGeneration(config)
-    return Call(model, f"{NAMES} decoder_input_ids", "logits", use_cache=False)
+    return _encoder_decoder(vocab_size=384, num_decoder_layers=1, **GATED)
 
 
 def _bart() -> Call:
