@@ -144,7 +144,7 @@ class SegmentMerge(Pass):
             name: context.example_of(name, "int64", array.shape if name != SLOTS else [None])
             for name, array in named.items()
         }
-        named = {name: array if own[name] is None else own[name] for name, array in named.items()}
+        named = {name: array if (one := own[name]) is None else one for name, array in named.items()}
         outcome.signature = same_examples(context, outputs, named)
         units = "neighbours as units, evenly over the tokens"
         if own[options.input] is not None:
