@@ -60,6 +60,13 @@ class Sketch:
             return self.whole.with_options(**options) if options else self.whole
         return self.kind(**{**self.given, **options})
 
+    def new_inputs(self) -> tuple[str, ...]:
+        """As Pass.new_inputs; none of a pass that cannot be made before its open options are chosen."""
+        try:
+            return self.build({}).new_inputs()
+        except PipelineError:
+            return ()
+
     def __str__(self) -> str:
         return self.kind.name
 

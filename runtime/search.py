@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..passes.errors import ElisionError
-from ..passes.pipeline import Passes
+from ..passes.pipeline import Passes, parse
+from ..passes.tunable import sketches
 from .api import Notify, Result, is_onnx, optimize
 from .files import check_target, write_text
 from .inputs import split_inputs
@@ -150,9 +151,9 @@ def tune(
     tell("reading the model and the data")
     data = read_data(Path(data)) if isinstance(data, str | Path) else data
     held_out = read_data(Path(held_out)) if isinstance(held_out, str | Path) else held_out
-    bench = Workbench(
-        target, None if is_onnx(target) else first_call(data, batch), library=library, threads=threads
-    )
+    added = {name for sketch in sketches(passes) for name in sketch.new_inputs()}
+    example = None if is_onnx(target) else first_call(data, batch, added)
+    bench = Workbench(target, example, library=library, threads=threads)
     searched, judged_on = split(
         calls_of(bench.graph, data, batch),
         None if held_out is None else calls_of(bench.graph, held_out, batch),
@@ -165,7 +166,12 @@ def tune(
     result = None
     if build:
         tell("building the chosen pipeline, with all checks")
-        example = first_call(data, batch) if bench.host == "fx" else _model_inputs(bench, searched[0])
+        unused = added - {name for single in parse(judged.chosen.text) for name in single.new_inputs()}
+        if bench.host == "fx":
+            example = first_call(data, batch, unused)
+        else:
+            names = {*bench.source.input_names, *added} - unused
+            example = {name: array for name, array in searched[0].items() if name in names}
         result = optimize(target, judged.chosen.text, example)
     refused = list(dict.fromkeys(search.refusals.values()))
     notes = list(space.notes)
@@ -189,12 +195,9 @@ def tune(
     )
 
 
-def _model_inputs(bench: Workbench, call: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: call[name] for name in bench.source.input_names}
-
-
-def first_call(data: Any, batch: int | None) -> Any:
-    """The first call of `data`, in the form that a torch module is called with. Raises ElisionError."""
+def first_call(data: Any, batch: int | None, without: Collection[str] = ()) -> Any:
+    """The first call of `data`, in the form that a torch module is called with; arrays of the names `without` are for
+    passes. Raises ElisionError."""
     import torch
 
     def tensor(item: Any) -> Any:
@@ -202,7 +205,7 @@ def first_call(data: Any, batch: int | None) -> Any:
 
     size = batch or BATCH
     if isinstance(data, Mapping):
-        return {str(name): tensor(item)[:size] for name, item in data.items()}
+        return {str(name): tensor(item)[:size] for name, item in data.items() if str(name) not in without}
     if hasattr(data, "shape"):
         return (tensor(data)[:size],)
     if not isinstance(data, Sequence) or isinstance(data, str | bytes) or not data:
@@ -211,6 +214,7 @@ def first_call(data: Any, batch: int | None) -> Any:
     if hasattr(first, "shape"):
         return (tensor(first),)
     args, kwargs = split_inputs(first)
+    kwargs = {name: item for name, item in kwargs.items() if name not in without}
     return {name: tensor(item) for name, item in kwargs.items()} if kwargs else tuple(tensor(a) for a in args)
 
 
