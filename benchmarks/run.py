@@ -20,6 +20,7 @@ MODELS = (
     "vit_cpu",
     "focus",
     "tune_focus",
+    "schedule_gain",
     "match_share",
     "compile_share",
     "analysis_speed",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 # It must then see an empty module, not a second registration of every op.
 if TYPE_CHECKING or __name__ == "elision.kernels":
     from .definition import Attr, OpDef
-    from .ops import OPS
+    from .ops import OPS, definition_of
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -30,4 +30,4 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-__all__ = ["OPS", "Attr", "OpDef", "decompositions"]
+__all__ = ["OPS", "Attr", "OpDef", "decompositions", "definition_of"]

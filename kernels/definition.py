@@ -45,6 +45,7 @@ class OpDef:
     tensors, functorch), and keeps it whole in graphs of torch.export and of Dynamo.
     shapes, dtypes: output shapes and numpy dtype names, from those of the operands (None: absent). A length None is one
         that only the data say.
+    bounds: the same shapes with the most that such a length can be, for ops that have one.
     body: writes the ONNX function; gets a `Body`, (rank, ONNX dtype) or None per operand, and the attributes.
     work: floating-point operations from operand shapes and attributes; traffic: elements read and written.
     custom: by operand, the element types that our library of custom ops takes. ONNX Runtime gives it every function of
@@ -75,6 +76,7 @@ class OpDef:
     full_precision: bool = True
     pinned: Callable[[list[Any], Attributes], Attributes] | None = None
     opaque_shapes: bool = False
+    bounds: Callable[[list[Any], Attributes], list[Shape]] | None = None
     mixes: int | None = None
     same_bits: bool = False
     chooses: bool = False
@@ -123,6 +125,11 @@ class OpDef:
     def output_shapes(self, shapes: Sequence[Shape | None], attrs: Attributes) -> list[Shape]:
         """Shapes of the outputs; lengths may be ints, SymInts or sympy expressions."""
         found = self.shapes(self._operands(shapes), self.complete(attrs))
+        return [tuple(shape) for shape in found]
+
+    def most(self, shapes: Sequence[Shape | None], attrs: Attributes) -> list[Shape]:
+        """`output_shapes` with numbers for lengths that only the data say, as large as they can get."""
+        found = (self.bounds or self.shapes)(self._operands(shapes), self.complete(attrs))
         return [tuple(shape) for shape in found]
 
     def output_dtypes(self, dtypes: Sequence[str | None], attrs: Attributes) -> list[str]:

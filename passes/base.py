@@ -173,7 +173,8 @@ class Pass(abc.ABC):
     """
 
     name: ClassVar[str] = ""
-    exact: ClassVar[bool] = False  # True: the graph computes the same function afterwards
+    # True: the graph computes the same function afterwards. A pass that some options make lossy says so of itself.
+    exact: bool = False
     # Facts of `order.FACTS` that must not hold where it changes a graph.
     before: ClassVar[tuple[str, ...]] = ()
     reduces: ClassVar[bool] = False  # True: pointless unless the estimated cost falls; see manager.py

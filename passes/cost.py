@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 
 from .ir.graph import Dim, Graph, Op, Value
+
+if TYPE_CHECKING:
+    from ..kernels import OpDef
 
 DEFAULT_LENGTH = 64
 """The length of a symbolic axis that neither a hint nor an example input fixes."""
@@ -114,20 +117,22 @@ def estimate(
 
     Symbolic lengths come from `hints` (by symbol name), else from `example_inputs` (anything with a shape, in
     the order of `graph.inputs`), else they count as DEFAULT_LENGTH. A number of kept tokens that only the data say
-    (`longest_row`) counts as all of them. An op of unknown shape counts as nothing.
+    counts as its bound (`OpDef.bounds`). An op of unknown shape counts as nothing.
     """
     lengths = _Lengths(graph, hints or {}, example_inputs)
     total = Cost()
     for op in graph.ops:
         flops, moved = _cost(op, lengths, graph.host)
-        if op.kind == "attention" or _dialect_name(op) in _ATTENTIONS:
+        definition = _definition(op)
+        name = "" if definition is None else definition.name
+        if op.kind == "attention" or name in _ATTENTIONS:
             tokens = _self_attention(op, lengths)
             if tokens is not None:
                 total.tokens_per_block.append(tokens)
         if not flops and not moved:
             continue
         seconds = machine.seconds(flops, moved)
-        part = total.by_op.setdefault(_dialect_name(op) or op.kind, OpCost())
+        part = total.by_op.setdefault(name or op.kind, OpCost())
         for record in (part, total):
             record.flops += flops
             record.bytes += moved
@@ -153,9 +158,17 @@ class _Lengths:
                 if isinstance(dim, sympy.Expr) and isinstance(length, int):
                     self.learn(dim, length)
         for op in graph.ops:
-            if _dialect_name(op) == "longest_row" and isinstance(op.output.shape[0], sympy.Expr):  # type: ignore[index]
-                flags = self.shape(op.operand(0))  # what only the data say is at most as long as the rows
-                self.learn(op.output.shape[0], flags[1] if flags else DEFAULT_LENGTH)  # type: ignore[index]
+            self._learn_bounds(op)
+
+    def _learn_bounds(self, op: Op) -> None:
+        """Lengths that only the data say are taken as long as they can get."""
+        definition = _definition(op)
+        if definition is None or definition.bounds is None or (shapes := self.operands(op)) is None:
+            return
+        for value, most in zip(op.outputs, definition.most(shapes, _attributes(op))):
+            for dim, length in zip(value.shape or (), most):
+                if isinstance(dim, sympy.Expr):
+                    self.learn(dim, length)
 
     def learn(self, dim: sympy.Expr, length: int) -> None:
         free = sorted(dim.free_symbols, key=str)
@@ -183,6 +196,11 @@ class _Lengths:
         if value is None or value.shape is None:
             return None
         return tuple(self(d) for d in value.shape)
+
+    def operands(self, op: Op) -> list[tuple[int, ...] | None] | None:
+        """Their shapes, None for an absent one; None where that of a present one is not known."""
+        shapes = [self.shape(value) for value in op.inputs]
+        return None if any(s is None and v is not None for s, v in zip(shapes, op.inputs)) else shapes
 
     def count(self, value: Value | None) -> float:
         shape = self.shape(value)
@@ -275,32 +293,30 @@ _FLOPS: dict[str, Callable[[Op, _Lengths], float]] = {
 }
 
 
-def _dialect_name(op: Op) -> str:
-    """The name in the dialect of an op of kind "elision", "" for any other. Variants have a suffix."""
+def _definition(op: Op) -> OpDef | None:
+    """Of an op of kind "elision"."""
     if op.kind != "elision":
-        return ""
-    from ..kernels import OPS
+        return None
+    from ..kernels import definition_of
 
-    name = op.target.split(":")[-1].split(".", 1)[-1]
-    while name and name not in OPS:
-        name = name.rpartition("_")[0]
-    return name
+    return definition_of(op.target)
+
+
+def _attributes(op: Op) -> dict[str, Any]:
+    return {key: item for key, item in op.attrs.items() if key != "op"}  # the op's own name, in ONNX
 
 
 def _dialect_cost(op: Op, lengths: _Lengths) -> tuple[float, float]:
-    from ..kernels import OPS
-
     if op.target.endswith("_packed"):  # a product whose weight lies as a kernel reads it
         flops = 2 * lengths.count(op.operand(0)) * float(op.attrs.get("channels", 0))
         return flops, lengths.bytes([*op.inputs, *op.outputs])
-    name = _dialect_name(op)
-    shapes = [lengths.shape(value) for value in op.inputs]
-    if not name or any(s is None and v is not None for s, v in zip(shapes, op.inputs)):
+    definition, shapes = _definition(op), lengths.operands(op)
+    if definition is None or shapes is None:
         return 0.0, lengths.bytes([*op.inputs, *op.outputs])
     first = next((v for v in op.inputs if v is not None), None)
     itemsize = ITEMSIZE.get(first.dtype, 4) if first is not None else 4
-    attrs = {key: item for key, item in op.attrs.items() if key != "op"}  # the op's own name, in ONNX
-    flops, moved = OPS[name].flops(shapes, attrs), OPS[name].bytes(shapes, attrs, itemsize)
+    attrs = _attributes(op)
+    flops, moved = definition.flops(shapes, attrs), definition.bytes(shapes, attrs, itemsize)
     return float(flops), float(moved)
 
 

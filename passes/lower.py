@@ -165,16 +165,18 @@ def to_kernels(graph: Graph, target: str, table: Table) -> Outcome:
 
 def take_apart(graph: Graph) -> Outcome:
     """Every op of the dialect, kernels too, as the operators of its definition that torch-mlir takes."""
+    from ..kernels import definition_of
+
     if graph.host == "onnx":
         from .onnx.mlir import decompose
     else:
         from .ir.fx_mlir import decompose
-    open_ended = next((op for op in graph.ops if op.target.endswith("elision.longest_row")), None)
-    if open_ended is not None:
-        raise Refused(
-            f"{open_ended.target} (%{open_ended.name}) makes a length of data, and a file of MLIR has numbers for its "
-            "lengths"
-        )
+    for op in graph.ops_of("elision"):
+        definition = definition_of(op.target)
+        if definition is not None and definition.bounds is not None:
+            raise Refused(
+                f"{op.target} (%{op.name}) makes a length of data, and a file of MLIR has numbers for its lengths"
+            )
     counts = decompose(graph)  # type: ignore[arg-type]
     if not counts:
         return Outcome(notes=["nothing to lower: the graph has no op that torch-mlir does not take"])

@@ -7,7 +7,7 @@ row among eight then differ in the last bits. `linear_rows` adds in one order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,8 @@ from .quantize_find import EMBEDDING, find_targets
 
 @dataclass(frozen=True)
 class RowsOptions:
-    """dtype: how weights are stored; keep leaves them as they are, as float32 does those that are."""
+    """dtype: how weights are stored; keep leaves them as they are, as float32 does those that are. float16 and bfloat16
+    round others, and the pass counts as lossy."""
 
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "float32"
 
@@ -35,6 +36,10 @@ class FixRows(Pass):
     before = (LOWERED,)
     summary = "products whose rows do not depend on how many there are"
     Options = RowsOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.exact = self.options.dtype in ("keep", "float32")
 
     def run(self, graph: Graph, context: PassContext) -> Outcome:
         """Raises NothingMatched without a product that has a constant weight, unless others were made before."""

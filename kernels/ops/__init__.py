@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from ..definition import OpDef
 from . import (
     adaptive_counts,
@@ -98,11 +95,10 @@ for _op in _ALL:
     _op.register()
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Decompositions of every op, to be merged into a torch decomposition table.
-
-    Inductor needs none: torch takes the ops apart below autograd by itself."""
-    table: dict[Any, Callable[..., Any]] = {}
-    for op in OPS.values():
-        table.update(op.decompositions())
-    return table
+def definition_of(target: str) -> OpDef | None:
+    """The op that a graph's target names (`elision.attention`, `elision:attention`), or of which it names a variant by
+    a suffix; None for others."""
+    name = target.split(":")[-1].split(".", 1)[-1]
+    while name and name not in OPS:
+        name = name.rpartition("_")[0]
+    return OPS.get(name)

@@ -51,6 +51,7 @@ OP = OpDef(
     attrs=(Attr("prefix", 0), Attr("suffix", 0)),
     reference=longest_row,
     shapes=lambda shapes, attrs: [(None,)],
+    bounds=lambda shapes, attrs: [(shapes[0][1],)],
     dtypes=lambda dtypes, attrs: ["int64"],
     body=_body,
     work=lambda shapes, attrs: 2 * shapes[0][0] * shapes[0][1],

@@ -216,6 +216,13 @@ def test_fixed_rows_compute_the_same(graph: Any, text: str) -> None:
     assert not again.changed and again.passes[0].notes == ["every product is of the dialect already"]
 
 
+def test_rows_of_fewer_bits_are_lossy(graph: Any) -> None:
+    """Found by drawing pipelines: rounding weights was held to what exact passes promise."""
+    (done,) = report(graph, "fix-rows{dtype=bfloat16}", IDS).passes
+    assert not done.exact and done.drift is not None and 1e-4 < done.drift[0].mean_relative < 0.1
+    assert report(graph, "fix-rows{dtype=keep}", IDS).passes[0].exact
+
+
 def test_more_bits_for_the_head_alone(small: Any) -> None:
     done = report(small, "quantize{head_bits=16 embedding_bits=32}", IDS)
     assert targets_of(done.graph) == [*["linear_nbits"] * 14, "linear_rows"]

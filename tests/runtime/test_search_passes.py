@@ -23,7 +23,9 @@ __all__ = ["exported"]  # a fixture
 CALLS, BATCH = 4, 2
 
 
-def tuned(target: Any, data: dict[str, np.ndarray], passes: str, at_least: float, **more: Any) -> elision.TuneResult:
+def tuned(
+    target: Any, data: dict[str, np.ndarray], passes: str, at_least: float, **more: Any
+) -> elision.TuneResult:
     common = {"batch": BATCH, "seconds": 1e9, "watch": ByOperations(), "tries": 10}
     return elision.tune(target, data, passes=passes, at_least=at_least, **{**common, **more})
 
@@ -69,7 +71,9 @@ def applied(target: torch.nn.Module, passes: str, data: dict[str, np.ndarray]) -
     with torch.no_grad():
         for call in calls:
             before = target(*(call[name] for name in own))
-            after = result.module(*(call[name] for name in own), *(v for k, v in call.items() if k not in own))
+            after = result.module(
+                *(call[name] for name in own), *(v for k, v in call.items() if k not in own)
+            )
             found.append(correlation([before.numpy()], [after.numpy()]))
     return found
 

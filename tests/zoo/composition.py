@@ -6,6 +6,7 @@ python -m tests.zoo.composition
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -95,12 +96,18 @@ class Cell:
     def line(self) -> str:
         """The cell in the list below the table."""
         if self.sentence:
-            what = self.sentence.replace("|", "\\|")
+            what = _numbered(self.sentence).replace("|", "\\|")
         elif self.correlation is None:
             what = "works"
         else:
             what = f"works, correlation {self.correlation:.2f}"
         return f"| `{self.first},{self.second}` | {self.subject} | {what} |"
+
+
+def _numbered(sentence: str) -> str:
+    """With torch's symbols numbered as they come: their own numbers differ from run to run."""
+    symbols = list(dict.fromkeys(re.findall(r"\bs\d+\b", sentence)))
+    return re.sub(r"\bs\d+\b", lambda found: f"s{symbols.index(found[0])}", sentence)
 
 
 def page() -> Path:
