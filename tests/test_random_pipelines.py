@@ -147,7 +147,7 @@ def check_zero_beside(name: str, host: str, folder: Path, exact: str, zero: str)
 FAST = settings(
     max_examples=4, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
-MANY = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def test_every_pass_is_drawn() -> None:
