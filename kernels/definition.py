@@ -55,6 +55,8 @@ class OpDef:
     opaque_shapes: the reference's symbolic shapes are correct but roundabout; shape propagation takes `shapes`.
     mixes: how many of its first operand's last axes the op mixes, 1 for a product; all before are treated position by
     position. None: it mixes others.
+    picks: the attribute with the axis of its result along which it takes rows of its first operand, those that the
+        others name; all other axes but the batch's are treated entry by entry. "" where it does more.
     same_bits: what its kernels are for is that a row has the same bits among any number of rows, which the reference
     does not promise; they are taken wherever they can be, fast or not.
     chooses: its results are whole numbers or flags that jump where an operand changes by as little as rounding.
@@ -78,6 +80,7 @@ class OpDef:
     opaque_shapes: bool = False
     bounds: Callable[[list[Any], Attributes], list[Shape]] | None = None
     mixes: int | None = None
+    picks: str = ""
     same_bits: bool = False
     chooses: bool = False
     source: str = ""

@@ -177,7 +177,11 @@ class _Lengths:
         if dim == free[0]:
             self.known[free[0]] = length
             return
-        for root in sympy.solve(dim - length, free[0]):
+        try:
+            roots = sympy.solve(dim - length, free[0])
+        except NotImplementedError:  # a least of two numbers, say: another input may tell
+            return
+        for root in roots:
             if root.is_Integer and int(root) > 0:
                 self.known[free[0]] = int(root)
 

@@ -27,6 +27,7 @@ from .incremental_pairs import read_rule
 from .incremental_plan import LastRows, Plan, drop_last_rows
 from .incremental_tables import Text, evaluate
 from .ir.graph import Graph, Value, static
+from .order import FACTS, REDUCED
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Incremental(Pass):
 def _with_pictures(graph: Graph, refused: Refused) -> Refused:
     """The same, and what comes first where tokens of pictures are written among those of the text."""
     join = written_join(analyse(graph))
-    if join is None:
+    if join is None or FACTS[REDUCED][1](join.op):  # tokens of one kind that became fewer
         return refused
     return Refused(
         f"{refused}; {join.op.target} (%{join.op.name}) writes tokens of pictures among those of the text, whose rows "

@@ -49,6 +49,8 @@ class Bindings:
         for op in graph.ops:
             found = self._op(op)
             for out in op.outputs:
+                for dim in out.shape or ():
+                    self._note(dim, found)  # a length that only its data say, where it is new
                 self._bits[out] = found | self._dims(out.shape)
 
     def of(self, value: Value) -> int:
@@ -62,6 +64,10 @@ class Bindings:
     def token_axes(self, value: Value) -> list[int]:
         """The axes whose length depends on the number of tokens."""
         return [axis for axis, dim in enumerate(value.shape or ()) if self._dims([dim]) & POSITION]
+
+    def is_source_length(self, dim: Dim) -> bool:
+        """Whether `dim` is a length that a source has by itself, no arithmetic on one."""
+        return isinstance(dim, sympy.Symbol) and self._dims([dim]) == SEQUENCE
 
     def _op(self, op: Op) -> int:
         bits = CONSTANT

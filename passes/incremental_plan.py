@@ -57,6 +57,7 @@ class Plan:
                     self._attend(attention)
             else:
                 self._visit(op)
+        self._cut_lengths()
         for value in graph.outputs:
             if bindings.of(value) & POSITION and not bindings.has_rows(value):
                 raise Refused(f"the output %{value.name} depends on positions only")
@@ -133,6 +134,21 @@ class Plan:
                 continue
             if self.bindings.attribute(attribute) & (POSITION | ROW):
                 raise Refused(f"{name} of {op.target} (%{op.name}) depends on the number of tokens")
+
+    def _cut_lengths(self) -> None:
+        """Lengths of a source that rows have and that no cut tells, where the tokens of the source became fewer before
+        they are cut: the smallest value of that length becomes a cut."""
+        told = {dim for cut in self.cuts for dim in cut.shape or ()}
+        wanted = {dim for value in self.axes for dim in value.shape or () if self.bindings.is_source_length(dim)}
+        for dim in sorted(wanted - told, key=str):
+            values = [
+                out
+                for op in self.graph.ops
+                for out in op.outputs
+                if self.bindings.of(out) == SEQUENCE and out.shape is not None and dim in out.shape
+            ]
+            if values:
+                self.cuts.append(min(values, key=lambda value: value.rank))
 
     def _is_length(self, op: Op) -> bool:
         """Arithmetic on lengths, of tokens and of a source."""

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import sympy
 
-from .analysis.signatures import mixed_axes
+from .analysis.signatures import mixed_axes, picked_axis
+from .analysis.spaces import is_attention
 from .errors import Refused
 from .ir.graph import Op, Value, product
 
@@ -246,11 +247,21 @@ def _scatter(op: Op, axes: Axes) -> int:
 
 
 @rule("elision")
-def _elision(op: Op, axes: Axes) -> int:
-    mixed = mixed_axes(op)
-    if mixed is None:
+def _elision(op: Op, axes: Axes) -> int | None:
+    if is_attention(op):
+        if any(axis is not None for axis in axes[4:]):
+            raise Mixes("counts keys by what tokens say")
+        return _attention(op, axes)
+    mixed, picked = mixed_axes(op), picked_axis(op)
+    if mixed is None and picked is None:
         raise Mixes("is no operation that is known to treat tokens one by one")
     axis = axes[0]
+    if picked is not None:
+        if axis is None or any(other is not None for other in axes[1:]):
+            raise Mixes("picks rows by what tokens say")
+        axis += op.output.rank - _operand(op).rank
+        return _avoid(axis, (picked, op.attrs["batch_axis"]), "picks some of the tokens")
+    assert mixed is not None
     if axis is None or any(other not in (None, axis) for other in axes):
         raise Mixes("reads tokens where weights are expected")
     return _avoid(axis, range(_operand(op).rank - mixed, _operand(op).rank), "sums over the tokens")

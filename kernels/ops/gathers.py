@@ -171,6 +171,7 @@ SELECT = OpDef(
     dtypes=lambda dtypes, attrs: [dtypes[0] or "float32"],
     body=_select_body,
     work=lambda shapes, attrs: 0,
+    picks="axis",
     full_precision=False,
 )
 BLEND = OpDef(

@@ -9,8 +9,12 @@ an op concatenates or cuts, are products and intervals; `axes.py` solves those.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from ..ir.graph import Op, Value
+
+if TYPE_CHECKING:
+    from ...kernels import OpDef
 
 Port = tuple[Value, int]
 Groups = Iterator[list[Port]]
@@ -26,10 +30,21 @@ POSITION_KEEPING = frozenset(
 
 def mixed_axes(op: Op) -> int | None:
     """How many last axes of its first operand an op of our dialect mixes; None where others meet, or for other ops."""
+    found = _definition(op)
+    return None if found is None else found.mixes
+
+
+def picked_axis(op: Op) -> int | None:
+    """The axis of its result along which an op of our dialect takes rows of its first operand; None where it does
+    more, and for other ops."""
+    found = _definition(op)
+    return op.attrs[found.picks] if found is not None and found.picks else None
+
+
+def _definition(op: Op) -> OpDef | None:
     from ...kernels import OPS
 
-    found = OPS.get(op.target.split(".")[-1].split("::")[-1]) if op.kind == "elision" else None
-    return None if found is None else found.mixes
+    return OPS.get(op.target.split(".")[-1].split("::")[-1]) if op.kind == "elision" else None
 
 
 def by_position(op: Op) -> bool:
@@ -275,8 +290,8 @@ def _elision(op: Op) -> Groups:
         for axis in range(x.rank):
             if axis != op.attrs["axis"]:
                 yield [(x, axis), (op.output, axis)]
-    elif name.startswith("select_tokens"):
+    elif (picked := picked_axis(op)) is not None:
         shift = op.output.rank - x.rank
         for axis in range(x.rank):
-            if axis + shift not in (op.attrs["axis"], op.attrs["batch_axis"]):
+            if axis + shift not in (picked, op.attrs["batch_axis"]):
                 yield [(x, axis), (op.output, axis + shift)]

@@ -1,0 +1,94 @@
+"""incremental behind passes that make an encoder's tokens fewer: the decoder reads what is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from elision.passes import PassContext, run_pipeline
+from elision.passes.incremental import Incremental
+from elision.passes.ir.fx import FxGraph
+from elision.passes.onnx.io import to_proto
+from elision.runtime.lm_export import plain_causal_graph
+
+from ..onnx.causal_files import OrtSteps, opened, plain_file, session
+from ..zoo.causal import VOCABULARY, causal_model, source_of
+from .step_runs import Ids, Steps, check_steps
+
+SHORTER = (
+    "token-merge{r=1}",
+    "segment-merge{layer=1 capacity=0.6}",
+    "segment-merge{layer=1 capacity=dynamic}",
+    "token-gate{layer=1 capacity=0.6}",
+    "token-gate{layer=1 capacity=dynamic}",
+)
+HOSTS = ("torch", "onnx")
+FAST = {("t5", "torch", text) for text in SHORTER} | {
+    ("t5", "onnx", SHORTER[1]),
+    ("whisper", "torch", SHORTER[0]),
+}
+
+
+def cases() -> list:
+    found = [(name, host, text) for name in ("t5", "bart") for host in HOSTS for text in SHORTER]
+    found += [("whisper", host, SHORTER[0]) for host in HOSTS]
+    return [
+        pytest.param(*one, marks=() if one in FAST else pytest.mark.slow, id="-".join(one)) for one in found
+    ]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("shorter")
+
+
+def long_source(model: torch.nn.Module) -> np.ndarray:
+    source = source_of(model)
+    assert source is not None
+    if source.dtype == torch.long:
+        source = torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(4))
+    return source.numpy()
+
+
+@pytest.mark.parametrize("name, host, passes", cases())
+def test_rows_equal_the_recomputed_text(name: str, host: str, passes: str, files: Path) -> None:
+    model = causal_model(name)
+    graph: Any = (
+        opened(plain_file(files, name)) if host == "onnx" else FxGraph.from_export(plain_causal_graph(model))
+    )
+    source = long_source(model)
+    context = PassContext(target="onnxruntime" if host == "onnx" else "torch", force=True)
+    shorter = run_pipeline(graph, passes, context=context).graph
+    added = {"segments": np.arange(source.shape[1])[None] // 2, "slots": np.arange(source.shape[1] // 2)}
+    feeds = {"encoder": source, **added}
+
+    def named(inputs: list, ids: Ids | None = None) -> dict:
+        return {
+            v: np.array([ids]) if v.name == "decoder_input_ids" else feeds.get(v.name, source) for v in inputs
+        }
+
+    def plain(ids: Ids) -> np.ndarray:
+        return shorter.evaluate([shorter.outputs[0]], named(shorter.inputs, ids))[0][0]
+
+    again = shorter.copy()
+    outcome = Incremental(capacity=48).run(again, context)
+    again.verify()
+    assert outcome.statistics["cached attentions"] == 2
+    prelude = outcome.extra["prelude"]
+    prelude.verify()
+    if host == "onnx":
+        feed = {v.name: a for v, a in named(prelude.inputs).items()}
+        crosses = session(to_proto(prelude.model)).run(None, feed)
+    else:
+        crosses = prelude.evaluate(prelude.outputs, named(prelude.inputs))
+    length = source.shape[-1] // (2 if name == "whisper" else 1)  # its encoder begins with a stride of 2
+    most = (
+        length if "gate" in passes and "dynamic" in passes else length - 1
+    )  # an untrained gate may keep all
+    keys = [c for c in crosses if c.ndim == 4]
+    assert keys and all(c.shape[2] <= most for c in keys)  # the decoder reads fewer
+    steps = (OrtSteps if host == "onnx" else Steps)(again, crosses)
+    check_steps(steps, plain, np.random.default_rng(0), VOCABULARY)
