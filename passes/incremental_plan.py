@@ -139,7 +139,9 @@ class Plan:
         """Lengths of a source that rows have and that no cut tells, where the tokens of the source became fewer before
         they are cut: the smallest value of that length becomes a cut."""
         told = {dim for cut in self.cuts for dim in cut.shape or ()}
-        wanted = {dim for value in self.axes for dim in value.shape or () if self.bindings.is_source_length(dim)}
+        wanted = {
+            dim for value in self.axes for dim in value.shape or () if self.bindings.is_source_length(dim)
+        }
         for dim in sorted(wanted - told, key=str):
             values = [
                 out

@@ -9,7 +9,7 @@ after a change. The per-operator rules stand in `onnx_shape_rules.py`, the value
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from .graph import Dim, Shape
 
 SMALL = 1024
 """Constants of at most this many elements may take part in shape arithmetic."""
+
+LONGEST = 2**63 - 1
+"""What a length in a file can say at most."""
 
 MALFORMED = (IndexError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError)
 """What a rule may raise on a node whose operands or attributes are not what its operator says."""
@@ -50,6 +53,16 @@ def parse_dim(text: str) -> sympy.Expr | int:
         except (ValueError, TypeError, RecursionError, ZeroDivisionError, AttributeError):
             return symbol(text)
     return symbol(text)
+
+
+def _possible(shapes: Sequence[Iterable[Dim] | None] | None) -> list[Shape] | None:
+    """The shapes, as tuples. Raises ValueError for a length that none can be: data of another type were read as one."""
+    found = None if shapes is None else [None if s is None else tuple(dim(d) for d in s) for s in shapes]
+    for shape in found or ():
+        for length in shape or ():
+            if isinstance(length, int) and not 0 <= length <= LONGEST:
+                raise ValueError(f"a length of {length}")
+    return found
 
 
 def broadcast_dim(a: Dim, b: Dim) -> Dim:
@@ -230,7 +243,7 @@ class ShapeEnv:
         from .onnx_shape_rules import shapes_of
 
         try:
-            shapes = shapes_of(self, node)
+            shapes = _possible(shapes_of(self, node))
         except MALFORMED as error:
             self.notes.append(f"{node.op_type} {node.name or ''}: no shape ({error})")
             shapes = None

@@ -251,6 +251,20 @@ def survives(data: bytes, folder: Path) -> None:
     assert not [p for p in folder.iterdir() if p.name.startswith(".elision")]
 
 
+def test_a_shape_that_is_read_as_another_type(tmp_path: Path) -> None:
+    """Found by changing types: -1 read as unsigned is a length that no file can say."""
+    proto = small()
+    shapes = {n.input[1] for n in proto.graph.node if n.op_type == "Reshape"}
+    changed = [t for t in proto.graph.initializer if t.name in shapes]
+    for tensor in changed:
+        array = np.array(numpy_helper.to_array(tensor))
+        array[0] = -1
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        tensor.data_type = TensorProto.UINT64
+    assert changed
+    survives(proto.SerializeToString(), tmp_path)
+
+
 @QUIET
 @given(st.lists(st.tuples(st.integers(0, len(BYTES) - 1), st.integers(0, 255)), min_size=1, max_size=6))
 def test_mutated_bytes(tmp_path_factory, changes: list[tuple[int, int]]) -> None:

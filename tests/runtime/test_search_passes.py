@@ -117,7 +117,7 @@ def test_bits_beside_r(exported):
     """An ONNX file with r and bits for every place: the text builds the same file by hand."""
     name = onnxruntime.InferenceSession(str(exported)).get_inputs()[0].name
     images = np.random.default_rng(0).random((CALLS * BATCH, 3, 32, 32), np.float32)
-    result = tuned(exported, {name: images}, "token-merge,quantize{activations=true}", 0.95, tries=16)
+    result = tuned(exported, {name: images}, "token-merge,quantize{activations=true}", 0.95, tries=8)
     kinds = {re.sub(r"\{.*?\}", "", t.text) for t in result.trials if t.text}
     assert "token-merge,quantize" in kinds  # both were tried together
     assert result.chosen.quality >= 0.95 and result.chosen.held_out >= 0.95
