@@ -55,7 +55,7 @@ def parse_dim(text: str) -> sympy.Expr | int:
     return symbol(text)
 
 
-def _possible(shapes: Sequence[Iterable[Dim] | None] | None) -> list[Shape] | None:
+def _possible(shapes: Sequence[Iterable[Dim] | None] | None) -> list[Shape | None] | None:
     """The shapes, as tuples. Raises ValueError for a length that none can be: data of another type were read as one."""
     found = None if shapes is None else [None if s is None else tuple(dim(d) for d in s) for s in shapes]
     for shape in found or ():
