@@ -27,7 +27,6 @@ from .incremental_pairs import read_rule
 from .incremental_plan import LastRows, Plan, drop_last_rows
 from .incremental_tables import Text, evaluate
 from .ir.graph import Graph, Value, static
-from .order import FACTS, REDUCED
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Incremental(Pass):
         try:
             plan, short = self._plan(graph, names)
         except Refused as refused:
-            raise _with_pictures(graph, refused) from refused
+            raise _with_pictures(graph, _text(graph, names).ids, refused) from refused
         if not plan.attentions:
             raise NothingMatched(
                 f"{self.name} found no self-attention over the tokens of %{names[0]} "
@@ -189,10 +188,13 @@ class Incremental(Pass):
                     ) from error
 
 
-def _with_pictures(graph: Graph, refused: Refused) -> Refused:
+def _with_pictures(graph: Graph, ids: Value, refused: Refused) -> Refused:
     """The same, and what comes first where tokens of pictures are written among those of the text."""
-    join = written_join(analyse(graph))
-    if join is None or FACTS[REDUCED][1](join.op):  # tokens of one kind that became fewer
+    analysis = analyse(graph)
+    join = written_join(analysis)
+    if join is None or not analysis.flow.depends(
+        join.op.output, ids
+    ):  # an encoder's tokens that became fewer
         return refused
     return Refused(
         f"{refused}; {join.op.target} (%{join.op.name}) writes tokens of pictures among those of the text, whose rows "

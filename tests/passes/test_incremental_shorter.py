@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from elision.passes import PassContext, run_pipeline
+from elision.passes import PassContext, Refused, run_pipeline
 from elision.passes.incremental import Incremental
 from elision.passes.ir.fx import FxGraph
 from elision.passes.onnx.io import to_proto
@@ -17,6 +17,7 @@ from elision.runtime.lm_export import plain_causal_graph
 from ..onnx.causal_files import OrtSteps, opened, plain_file, session
 from ..zoo.causal import VOCABULARY, causal_model, source_of
 from .step_runs import Ids, Steps, check_steps
+from .test_incremental import traced
 
 SHORTER = (
     "token-merge{r=1}",
@@ -51,6 +52,22 @@ def long_source(model: torch.nn.Module) -> np.ndarray:
     if source.dtype == torch.long:
         source = torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(4))
     return source.numpy()
+
+
+def test_what_is_no_picture_is_not_called_one() -> None:
+    """A decoder of fixed length is refused for that, whatever its encoder has."""
+    shapes = {"input_ids": {1: torch.export.Dim.AUTO}, "decoder_input_ids": {}}
+    inputs = {
+        name: torch.ones(1, n, dtype=torch.long) for name, n in (("input_ids", 12), ("decoder_input_ids", 6))
+    }
+    graph = run_pipeline(
+        traced(causal_model("t5"), shapes, **inputs), SHORTER[0], context=PassContext(force=True)
+    ).graph
+    with pytest.raises(
+        Refused,
+        match=r"the token ids %\w+ have the static length 6: a graph of new rows needs a dynamic one$",
+    ):
+        Incremental(capacity=48).run(graph, PassContext())
 
 
 @pytest.mark.parametrize("name, host, passes", cases())
