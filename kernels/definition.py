@@ -131,9 +131,9 @@ class OpDef:
         return [tuple(shape) for shape in found]
 
     def most(self, shapes: Sequence[Shape | None], attrs: Attributes) -> list[Shape]:
-        """`output_shapes` with numbers for lengths that only the data say, as large as they can get."""
-        found = (self.bounds or self.shapes)(self._operands(shapes), self.complete(attrs))
-        return [tuple(shape) for shape in found]
+        """`output_shapes` with the bounds of lengths that only the data say, for an op that has `bounds`."""
+        assert self.bounds is not None, self.name
+        return [tuple(shape) for shape in self.bounds(self._operands(shapes), self.complete(attrs))]
 
     def output_dtypes(self, dtypes: Sequence[str | None], attrs: Attributes) -> list[str]:
         """numpy names of the outputs' element types."""

@@ -252,16 +252,15 @@ def _elision(op: Op, axes: Axes) -> int | None:
         if any(axis is not None for axis in axes[4:]):
             raise Mixes("counts keys by what tokens say")
         return _attention(op, axes)
-    mixed, picked = mixed_axes(op), picked_axis(op)
-    if mixed is None and picked is None:
-        raise Mixes("is no operation that is known to treat tokens one by one")
-    axis = axes[0]
+    axis, picked = axes[0], picked_axis(op)
     if picked is not None:
         if axis is None or any(other is not None for other in axes[1:]):
             raise Mixes("picks rows by what tokens say")
         axis += op.output.rank - _operand(op).rank
         return _avoid(axis, (picked, op.attrs["batch_axis"]), "picks some of the tokens")
-    assert mixed is not None
+    mixed = mixed_axes(op)
+    if mixed is None:
+        raise Mixes("is no operation that is known to treat tokens one by one")
     if axis is None or any(other not in (None, axis) for other in axes):
         raise Mixes("reads tokens where weights are expected")
     return _avoid(axis, range(_operand(op).rank - mixed, _operand(op).rank), "sums over the tokens")

@@ -124,11 +124,14 @@ def holds(name: str, host: str, folder: Path, passes: str) -> bool:
             assert single.drift, f"{single.text}: {single.notes}"
         for drift in single.drift or []:
             assert drift.finite
-    # A pass may add outputs behind the others and take out those of a layer, but it never turns one into another type.
-    assert found.graph.outputs[0].dtype == report.graph.outputs[0].dtype
-    dtypes = {value.name: value.dtype for value in found.graph.outputs}
-    for new in report.graph.outputs:
-        assert dtypes.get(new.name, new.dtype) == new.dtype
+    old, new = ([(v.name, v.dtype) for v in g.outputs] for g in (found.graph, report.graph))
+    if (
+        "skip-layers" in passes
+    ):  # the caches of a layer go with it: what is left is known by its name, or comes first
+        old = [old[0], *(one for one in old[1:] if one in new)]
+        new = [new[0], *(one for one in new[1:] if one in old)]
+    for (_, before_dtype), (_, after_dtype) in zip(old, new):
+        assert before_dtype == after_dtype
     return True
 
 
@@ -150,7 +153,7 @@ def check_zero_beside(name: str, host: str, folder: Path, exact: str, zero: str)
 FAST = settings(
     max_examples=4, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
-MANY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def test_every_pass_is_drawn() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +205,19 @@ def opened(file: Path) -> OnnxGraph:
 
 
 def stepped(
-    graph: OnnxGraph, source: torch.Tensor | None = None, capacity: int = CAPACITY
+    graph: OnnxGraph,
+    source: torch.Tensor | None = None,
+    capacity: int = CAPACITY,
+    more: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[OrtSteps, Any]:
-    """The state of the step graph that `graph` becomes, and what the pass said."""
+    """The state of the step graph that `graph` becomes, and what the pass said. more: inputs of the prelude besides
+    the source."""
     outcome = Incremental(capacity=capacity).run(graph, PassContext(target="onnxruntime"))
     graph.verify()
     crosses: list[np.ndarray] = []
     prelude = outcome.extra.get("prelude")
     if prelude is not None and source is not None:
         prelude.verify()
-        crosses = session(to_proto(prelude.model)).run(None, {prelude.inputs[0].name: source.numpy()})
+        feeds = {v.name: (more or {}).get(v.name, source.numpy()) for v in prelude.inputs}
+        crosses = session(to_proto(prelude.model)).run(None, feeds)
     return OrtSteps(graph, crosses), outcome

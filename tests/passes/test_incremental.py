@@ -27,15 +27,16 @@ def plain_graph(name):
     return _exported(name).copy()
 
 
-def stepped(graph, source=None, **options):
-    """The step graph and its state; `graph` becomes the former."""
+def stepped(graph, source=None, more=None, **options):
+    """The step graph and its state; `graph` becomes the former. more: inputs of the prelude besides the source."""
     outcome = Incremental(capacity=CAPACITY, **options).run(graph, PassContext())
     graph.verify()
     prelude = outcome.extra.get("prelude")
     crosses = []
     if prelude is not None:
         prelude.verify()
-        crosses = prelude.evaluate(prelude.outputs, {prelude.inputs[0]: source.numpy()})
+        feeds = {v: (more or {}).get(v.name, source.numpy()) for v in prelude.inputs}
+        crosses = prelude.evaluate(prelude.outputs, feeds)
     return Steps(graph, crosses), outcome
 
 

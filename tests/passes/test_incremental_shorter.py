@@ -11,13 +11,13 @@ import torch
 from elision.passes import PassContext, Refused, run_pipeline
 from elision.passes.incremental import Incremental
 from elision.passes.ir.fx import FxGraph
-from elision.passes.onnx.io import to_proto
 from elision.runtime.lm_export import plain_causal_graph
 
-from ..onnx.causal_files import OrtSteps, opened, plain_file, session
+from ..onnx.causal_files import opened, plain_file
+from ..onnx.causal_files import stepped as step_file
 from ..zoo.causal import VOCABULARY, causal_model, source_of
-from .step_runs import Ids, Steps, check_steps
-from .test_incremental import traced
+from .step_runs import Ids, check_steps
+from .test_incremental import stepped, traced
 
 SHORTER = (
     "token-merge{r=1}",
@@ -46,12 +46,12 @@ def files(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("shorter")
 
 
-def long_source(model: torch.nn.Module) -> np.ndarray:
+def long_source(model: torch.nn.Module) -> torch.Tensor:
     source = source_of(model)
     assert source is not None
     if source.dtype == torch.long:
         source = torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(4))
-    return source.numpy()
+    return source
 
 
 def test_what_is_no_picture_is_not_called_one() -> None:
@@ -80,32 +80,18 @@ def test_rows_equal_the_recomputed_text(name: str, host: str, passes: str, files
     context = PassContext(target="onnxruntime" if host == "onnx" else "torch", force=True)
     shorter = run_pipeline(graph, passes, context=context).graph
     added = {"segments": np.arange(source.shape[1])[None] // 2, "slots": np.arange(source.shape[1] // 2)}
-    feeds = {"encoder": source, **added}
-
-    def named(inputs: list, ids: Ids | None = None) -> dict:
-        return {
-            v: np.array([ids]) if v.name == "decoder_input_ids" else feeds.get(v.name, source) for v in inputs
-        }
 
     def plain(ids: Ids) -> np.ndarray:
-        return shorter.evaluate([shorter.outputs[0]], named(shorter.inputs, ids))[0][0]
+        feeds = {"decoder_input_ids": np.array([ids]), **added}
+        return shorter.evaluate(
+            shorter.outputs[:1], {v: feeds.get(v.name, source.numpy()) for v in shorter.inputs}
+        )[0][0]
 
-    again = shorter.copy()
-    outcome = Incremental(capacity=48).run(again, context)
-    again.verify()
+    make = step_file if host == "onnx" else stepped
+    steps, outcome = make(shorter.copy(), source, more=added)
     assert outcome.statistics["cached attentions"] == 2
-    prelude = outcome.extra["prelude"]
-    prelude.verify()
-    if host == "onnx":
-        feed = {v.name: a for v, a in named(prelude.inputs).items()}
-        crosses = session(to_proto(prelude.model)).run(None, feed)
-    else:
-        crosses = prelude.evaluate(prelude.outputs, named(prelude.inputs))
     length = source.shape[-1] // (2 if name == "whisper" else 1)  # its encoder begins with a stride of 2
-    most = (
-        length if "gate" in passes and "dynamic" in passes else length - 1
-    )  # an untrained gate may keep all
-    keys = [c for c in crosses if c.ndim == 4]
-    assert keys and all(c.shape[2] <= most for c in keys)  # the decoder reads fewer
-    steps = (OrtSteps if host == "onnx" else Steps)(again, crosses)
+    may_keep_all = passes == "token-gate{layer=1 capacity=dynamic}"  # it is not trained
+    keys = [c for c in steps.crosses if c.ndim == 4]
+    assert keys and all(c.shape[2] < length + may_keep_all for c in keys)  # the decoder reads fewer
     check_steps(steps, plain, np.random.default_rng(0), VOCABULARY)

@@ -30,7 +30,7 @@ def tuned(
     return elision.tune(target, data, passes=passes, at_least=at_least, **{**common, **more})
 
 
-def deep(width: int = 64, length: int = 24) -> torch.nn.Module:
+def deep(width: int = 64) -> torch.nn.Module:
     """A text model that is wide enough for fewer tokens to pay on paper."""
 
     class Deep(torch.nn.Module):
@@ -65,7 +65,7 @@ def applied(target: torch.nn.Module, passes: str, data: dict[str, np.ndarray]) -
         {name: torch.as_tensor(array[i : i + BATCH]) for name, array in data.items()}
         for i in range(0, CALLS * BATCH, BATCH)
     ]
-    own = [name for name in ("ids", "valid", "image") if name in data]
+    own = [name for name in ("ids", "valid") if name in data]
     result = elision.optimize(target, passes, tuple(calls[0][name] for name in own), force=True)
     found = []
     with torch.no_grad():
